@@ -1,0 +1,1 @@
+"""The contract. Imports no technique, no engine and no host library."""

@@ -1,0 +1,60 @@
+"""Model: what flows through a recipe."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from martlet.core.facts import ALL_FACTS, Fact
+from martlet.core.technique import Stage, Technique
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from martlet.data.preprocess import Preprocess
+
+PRECISIONS = ("f32", "bf16", "f16")
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A technique that was applied, and the record that rebuilds the structure it left."""
+
+    technique: Technique
+    record: dict[str, Any]
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A vision classifier with everything needed to run, rebuild and compress it.
+
+    name: as the user typed it, `timm:vit_tiny_patch16_224`.
+    module: maps images (B, 3, H, W) to logits (B, K). An `nn.Module` at first, an `fx.GraphModule` once traced.
+    origin: JSON from which `martlet.source.rebuild` makes the same architecture without weights.
+    precision: what the engine computes the floating-point parts in; one of PRECISIONS.
+    """
+
+    name: str
+    module: nn.Module
+    preprocess: Preprocess
+    num_classes: int
+    origin: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
+    stage: Stage = Stage.MODULE
+    facts: frozenset[Fact] = ALL_FACTS
+    steps: list[Step] = field(default_factory=list)
+    precision: str = "f32"
+
+    def copy(self) -> Model:
+        """A deep copy of the module; everything else is immutable or copied."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        twin.steps = list(self.steps)
+        return twin
+
+    @property
+    def simulated(self) -> bool:
+        """True if some tensor is rounded in a way that no engine's kernel can use."""
+        return any(getattr(module, "simulated", False) for module in self.module.modules())

@@ -1,0 +1,161 @@
+"""Recipe: an ordered tuple of techniques, as Python, as strict YAML, and as one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from martlet.core import registry
+from martlet.core.errors import RecipeError, nearest
+from martlet.core.facts import ALL_FACTS, Fact
+from martlet.core.technique import Stage, Technique
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent.parent / "recipes"
+_ORDER = {Stage.MODULE: 0, Stage.GRAPH: 1, Stage.ENGINE: 2}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Techniques in the order in which they are applied. `a | b` joins two; equality is by content."""
+
+    passes: tuple[Technique, ...] = ()
+
+    def __or__(self, other: Recipe | Technique) -> Recipe:
+        return Recipe(self.passes + (other.passes if isinstance(other, Recipe) else (other,)))
+
+    def __str__(self) -> str:
+        return (
+            " | ".join(
+                t.name + (f"({', '.join(f'{k}={v}' for k, v in s.items())})" if (s := t.settings()) else "")
+                for t in self.passes
+            )
+            or "none"
+        )
+
+    @property
+    def needs_images(self) -> bool:
+        return any(technique.needs_images for technique in self.passes)
+
+    def facts(self, start: frozenset[Fact] = ALL_FACTS) -> frozenset[Fact]:
+        """What is still true after every pass, from what is true at the start.
+
+        Raises:
+            RecipeError: a pass requires a fact that an earlier one breaks; the message says which and what to do.
+        """
+        facts, breakers, stage = start, {}, Stage.MODULE
+        for i, technique in enumerate(self.passes):
+            me = f"passes[{i}] {technique.name}"
+            for fact in sorted(technique.requires - facts):
+                if fact not in breakers:
+                    raise RecipeError(f"{me} requires '{fact}', which this model doesn't have")
+                j, breaker = breakers[fact]
+                cure = (
+                    "one of them is enough"
+                    if breaker.name == technique.name
+                    else (
+                        f"move {technique.name} before it"
+                        if fact not in breaker.requires
+                        else f"leave one of the two out, or move {technique.name} before it"
+                    )
+                )
+                raise RecipeError(f"{me} requires '{fact}', which passes[{j}] {breaker.name} breaks; {cure}")
+            if _ORDER[technique.stage] < _ORDER[stage]:
+                raise RecipeError(
+                    f"{me} works on the {technique.stage}, and passes[{i - 1}] {self.passes[i - 1].name} already "
+                    f"works on the {stage}; move {technique.name} before it"
+                )
+            stage = technique.stage
+            for fact in technique.breaks & facts:
+                breakers[fact] = (i, technique)
+            facts -= technique.breaks
+        return facts
+
+    def digest(self) -> str:
+        """16 hex digits that change with any pass or setting, defaults written out."""
+        return hashlib.sha256(json.dumps([FORMAT, self._data(full=True)], sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump({"martlet": FORMAT, "passes": self._data()}, sort_keys=False)
+
+    def _data(self, full: bool = False) -> list[Any]:
+        def settings(t: Technique) -> dict[str, Any]:
+            return {k: getattr(t, k) for k in t.__dataclass_fields__} if full else t.settings()
+
+        return [{t.name: s} if (s := settings(t)) else t.name for t in self.passes]
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
+        """Reads a recipe; refuses what it doesn't know.
+
+        Raises:
+            RecipeError: not YAML, another format, an unknown key or technique, a bad value.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where} must be a mapping with the keys martlet and passes")
+        for key in data:
+            if key not in ("martlet", "passes"):
+                raise RecipeError(f"{where} has an unknown key {key!r}{nearest(str(key), ['martlet', 'passes'])}")
+        if data.get("martlet") != FORMAT:
+            raise RecipeError(f"{where}: its first line must be `martlet: {FORMAT}`, not {data.get('martlet')!r}")
+        passes = data.get("passes") or []
+        if not isinstance(passes, list):
+            raise RecipeError(f"{where}: passes must be a list")
+        return cls(tuple(_pass(item, f"{where}: passes[{i}]") for i, item in enumerate(passes)))
+
+    @classmethod
+    def load(cls, spec: str) -> Recipe:
+        """`int8` (shipped), `path/to/recipe.yaml`, a technique's name, `none`, or several joined by `|`.
+
+        Raises:
+            RecipeError: nothing of that name.
+        """
+        if spec.endswith((".yaml", ".yml")):
+            try:
+                return cls.from_yaml(Path(spec).read_text(encoding="utf-8"), spec)
+            except OSError as error:
+                raise RecipeError(f"can't read the recipe {spec}: {error.strerror}") from None
+        recipe = cls()
+        for name in (part.strip() for part in spec.split("|")):
+            if name in shipped():
+                recipe |= cls.from_yaml((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), name)
+            elif name in registry.entries():
+                recipe |= registry.technique(name)()
+            elif name != "none":
+                known = [*shipped(), *registry.entries(), "none"]
+                raise RecipeError(f"there is no recipe {name!r}{nearest(name, known)} (see: martlet list recipes)")
+        return recipe
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the recipes that come with Martlet."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def join(recipes: Iterable[Recipe]) -> Recipe:
+    """All passes, in order."""
+    return Recipe(tuple(technique for recipe in recipes for technique in recipe.passes))
+
+
+def _pass(item: Any, where: str) -> Technique:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, dict) or len(item) != 1:
+        raise RecipeError(f"{where} must be a technique's name, or one name with its settings")
+    [(name, settings)] = item.items()
+    if not isinstance(settings or {}, dict):
+        raise RecipeError(f"{where} {name}: settings must be a mapping")
+    try:
+        return registry.technique(name).from_settings(settings or {}, where)
+    except RecipeError as error:
+        raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from None

@@ -1,0 +1,144 @@
+"""Technique: one idea of the field, as one frozen dataclass in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from martlet.core.errors import RecipeError, nearest
+from martlet.core.facts import Fact
+
+if TYPE_CHECKING:
+    import torch
+
+    from martlet.core.model import Model
+
+
+class Stage(StrEnum):
+    """Where a technique works. Stages follow each other: a recipe never goes back."""
+
+    MODULE = "module"
+    """On the `nn.Module`, as its library made it."""
+    GRAPH = "graph"
+    """On the traced graph (`torch.export`), where every library looks the same."""
+    ENGINE = "engine"
+    """On how the engine is told to run it."""
+
+
+class Batches(Protocol):
+    """Calibration images: seeded, preprocessed, and iterable again and again in bounded memory."""
+
+    num_images: int
+
+    def __iter__(self) -> Iterable[torch.Tensor]:  # type: ignore[override]
+        """Yields float32 (B, 3, H, W)."""
+        ...
+
+
+class Progress(Protocol):
+    """A place to say how far long work has come; the command line draws it, the Python API may ignore it."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The Progress that says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Form:
+    """The int8 quantization that an engine has fast kernels for. Declared by the engine, obeyed by the technique.
+
+    activation_signed: inputs of Linear and convolution are s8 (else u8 with a zero point).
+    attention_signed: the operands of an attention product that are no softmax output are s8 without zero point.
+    add: both inputs of a residual addition between convolutions are rounded too.
+    """
+
+    activation_signed: bool = False
+    attention_signed: bool = True
+    add: bool = False
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What a technique may use besides the model: images, a seed, the engine's wishes, a place to report progress."""
+
+    images: Batches | None = None
+    seed: int = 0
+    int8: Int8Form = dataclasses.field(default_factory=Int8Form)
+    progress: Progress = silent
+
+    def calibration(self, technique: Technique) -> Batches:
+        """The calibration images.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        if self.images is None or self.images.num_images == 0:
+            raise RecipeError(f"{technique.name} needs calibration images; give some with --calib or --images")
+        return self.images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique(ABC):
+    """Fields are the user's choices. Class variables are what is true of the technique. Methods do the work.
+
+    A technique is immutable: what it learned from images goes into the model's tensors and into the record that
+    `apply_` returns, never into its fields.
+    """
+
+    name: ClassVar[str]
+    """The registered name: also the file's name and the key in YAML."""
+    stage: ClassVar[Stage]
+    summary: ClassVar[str]
+    """One line: what happens to the model."""
+    paper: ClassVar[str] = ""
+    """Authors, title, year, arXiv id. Empty for an engine setting."""
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    needs_images: ClassVar[bool] = False
+
+    def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
+        """Raises a MartletError, before anything is touched, if this model can't take the technique."""
+
+    @abstractmethod
+    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
+        """Changes the model in place. Returns a JSON record from which `restore_` can rebuild the structure."""
+
+    def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
+        """Rebuilds, without data, the structure that `apply_` left. Values follow from the artifact's tensors."""
+        raise NotImplementedError(f"{self.name} changes structure and has no restore_")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], where: str = "recipe") -> Technique:
+        """Builds the technique from a mapping, strictly.
+
+        Raises:
+            RecipeError: an unknown key, or a value of another type than the field's.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key, value in settings.items():
+            if key not in fields:
+                known = ", ".join(fields) or "none"
+                raise RecipeError(f"{where}: {cls.name} has no setting {key!r}{nearest(key, fields)} (known: {known})")
+            default = fields[key].default
+            if default is not dataclasses.MISSING and not _same_kind(value, default):
+                kinds = type(default).__name__, type(value).__name__
+                raise RecipeError(f"{where}: {cls.name}.{key} takes a {kinds[0]}, not {value!r} ({kinds[1]})")
+        return cls(**settings)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return default is None or isinstance(value, type(default))
