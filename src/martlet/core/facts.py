@@ -12,6 +12,8 @@ from enum import StrEnum
 class Fact(StrEnum):
     MODULE = "module"
     """The model is an editable `nn.Module`; broken by the trace that graph techniques need."""
+    GRAPH = "graph"
+    """The model is, or can be traced to, an editable graph; broken by settings of the engine."""
     UNFUSED = "unfused"
     """Batch norms and training-time branches still stand apart."""
     FLOAT_WEIGHTS = "float_weights"

@@ -14,11 +14,10 @@ import yaml
 from martlet.core import registry
 from martlet.core.errors import RecipeError, nearest
 from martlet.core.facts import ALL_FACTS, Fact
-from martlet.core.technique import Stage, Technique
+from martlet.core.technique import Technique
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "recipes"
-_ORDER = {Stage.MODULE: 0, Stage.GRAPH: 1, Stage.ENGINE: 2}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Recipe:
         Raises:
             RecipeError: a pass requires a fact that an earlier one breaks; the message says which and what to do.
         """
-        facts, breakers, stage = start, {}, Stage.MODULE
+        facts, breakers = start, {}
         for i, technique in enumerate(self.passes):
             me = f"passes[{i}] {technique.name}"
             for fact in sorted(technique.requires - facts):
@@ -66,12 +65,6 @@ class Recipe:
                     )
                 )
                 raise RecipeError(f"{me} requires '{fact}', which passes[{j}] {breaker.name} breaks; {cure}")
-            if _ORDER[technique.stage] < _ORDER[stage]:
-                raise RecipeError(
-                    f"{me} works on the {technique.stage}, and passes[{i - 1}] {self.passes[i - 1].name} already "
-                    f"works on the {stage}; move {technique.name} before it"
-                )
-            stage = technique.stage
             for fact in technique.breaks & facts:
                 breakers[fact] = (i, technique)
             facts -= technique.breaks

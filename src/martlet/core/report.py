@@ -147,7 +147,7 @@ class Document(TypedDict):
     coverage: Coverage
     layers: list[Layer]
     bits: dict[str, Any]
-    """Bits of every tensor kind: weights, linear_inputs, conv_inputs, q, k, v, softmax_output, first_layer, last_layer …"""
+    """Bits of every tensor kind: weights, linear_inputs, conv_inputs, q, k, v, softmax_output, first and last layer …"""
     simulated: bool
     examples: list[Example]
     gate: Gate
@@ -178,20 +178,13 @@ def environment(
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in info.read_text().split("\n\n")[0].splitlines()
-            if ":" in line
-        )
-        wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-        flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
-        return (
-            f"{fields.get('model name', platform.machine())} ({' '.join(flags)})"
-            if flags
-            else fields.get("model name", "")
-        )
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    name, flags = fields.get("model name", platform.machine()), fields.get("flags", "").split()
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return " ".join([name, *(flag for flag in wanted if flag in flags)])
 
 
 def read(path: Path) -> Document:

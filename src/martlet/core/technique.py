@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Stage(StrEnum):
-    """Where a technique works. Stages follow each other: a recipe never goes back."""
+    """Where a technique works. Stages follow each other, because each breaks what the one before it requires."""
 
     MODULE = "module"
     """On the `nn.Module`, as its library made it."""
@@ -27,6 +27,16 @@ class Stage(StrEnum):
     """On the traced graph (`torch.export`), where every library looks the same."""
     ENGINE = "engine"
     """On how the engine is told to run it."""
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        return {"module": frozenset({Fact.MODULE}), "graph": frozenset({Fact.GRAPH})}.get(self.value, frozenset())
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        return {"graph": frozenset({Fact.MODULE}), "engine": frozenset({Fact.MODULE, Fact.GRAPH})}.get(
+            self.value, frozenset()
+        )
 
 
 class Batches(Protocol):
@@ -99,8 +109,15 @@ class Technique(ABC):
     paper: ClassVar[str] = ""
     """Authors, title, year, arXiv id. Empty for an engine setting."""
     requires: ClassVar[frozenset[Fact]] = frozenset()
+    """Facts that must hold before; those of the stage are added by themselves."""
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+    """Facts that no longer hold after; those of the stage are added by themselves."""
     needs_images: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.requires |= cls.stage.requires
+        cls.breaks |= cls.stage.breaks
 
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions. They know no module; shapes are in their signatures."""

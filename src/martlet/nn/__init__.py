@@ -1,0 +1,1 @@
+"""Run-time layers that techniques insert."""

@@ -1,0 +1,49 @@
+"""Runs a recipe over a model; and runs it again, without data, when an artifact is reloaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from martlet.core.model import Model, Step
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Stage
+
+
+def run(model: Model, recipe: Recipe, context: Context) -> Model:
+    """Applies every pass, in order, to a copy. The model given is left as it was.
+
+    Raises:
+        RecipeError: the order can't work on this model; raised before anything is computed.
+        MartletError: what a technique's `check` or `apply_` raises.
+    """
+    facts = recipe.facts(model.facts)
+    if recipe.passes:
+        model = model.copy()
+    for i, technique in enumerate(recipe.passes):
+        context.progress(technique.summary, i, len(recipe.passes))
+        enter_(model, technique.stage)
+        technique.check(model)
+        start = time.perf_counter()
+        record = technique.apply_(model, context)
+        model.steps.append(Step(technique=technique, record=record, seconds=time.perf_counter() - start))
+    model.facts = facts
+    return model
+
+
+def restore_(model: Model, steps: Iterable[Step]) -> None:
+    """Rebuilds, on a model fresh from `source.rebuild`, the structure that the steps once left. No data needed."""
+    for step in steps:
+        enter_(model, step.technique.stage)
+        step.technique.restore_(model, step.record)
+        model.steps.append(step)
+    model.facts = Recipe(tuple(step.technique for step in model.steps)).facts()
+
+
+def enter_(model: Model, stage: Stage) -> None:
+    """Traces the module when a graph technique comes first."""
+    if stage is Stage.GRAPH and model.stage is Stage.MODULE:
+        from martlet.graph.trace import trace
+
+        model.module = trace(model.module, model.preprocess.size)
+        model.stage = Stage.GRAPH

@@ -1,0 +1,117 @@
+"""Which range of a tensor to quantize: from all its values seen, in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from martlet.core.errors import NumericsError
+from martlet.functional.affine import affine_parameters, dequantize, quantize
+
+BINS = 4096
+
+
+class Histogram:
+    """Counts of a tensor's values over [-limit, limit), however many there are.
+
+    The limit doubles when a larger value comes, and neighbouring bins merge: one pass, fixed memory, zero always on an
+    edge. The least and the greatest value are kept exactly.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Float[Tensor, " bins"] = torch.zeros(BINS, dtype=torch.float64)
+        self.limit = 0.0
+        self.low = float("inf")
+        self.high = float("-inf")
+
+    def add(self, x: Tensor) -> None:
+        """Counts every value of x, of any shape.
+
+        Raises:
+            NumericsError: a value is NaN or infinite.
+        """
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        largest = max(-low, high)
+        if not largest < float("inf"):
+            raise NumericsError("an activation is NaN or infinite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.limit == 0.0:
+            self.limit = largest * (1 + 1e-6)
+        while largest > self.limit and self.limit > 0:
+            quarter = self.counts.reshape(-1, 2).sum(1)  # (BINS / 2)
+            self.counts = torch.nn.functional.pad(quarter, (BINS // 4, BINS // 4))
+            self.limit *= 2
+        if self.limit > 0:
+            self.counts += torch.histc(x.detach().float(), BINS, -self.limit, self.limit).double()
+
+    def centers(self) -> Float[Tensor, " bins"]:
+        width = 2 * self.limit / BINS
+        return (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self.limit
+
+    def percentile(self, keep_pct: float) -> tuple[float, float]:
+        """The range that holds the central `keep_pct` per cent of the values, clipped to those seen."""
+        if self.limit == 0.0:
+            return 0.0, 0.0
+        cumulative = self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - keep_pct / 100) / 2
+        edges = torch.linspace(-self.limit, self.limit, BINS + 1, dtype=torch.float64)
+        first = int(torch.searchsorted(cumulative, torch.tensor(tail, dtype=torch.float64), right=True))
+        last = int(torch.searchsorted(cumulative, torch.tensor(1 - tail, dtype=torch.float64)))
+        return max(float(edges[first]), self.low), min(float(edges[min(last + 1, BINS)]), self.high)
+
+    def mse(self, dtype: torch.dtype, symmetric: bool, steps: int = 50) -> tuple[float, float]:
+        """The range whose affine grid gives the least mean squared error over the values seen.
+
+        Both ends shrink together first, then each by itself around the best.
+        """
+        if self.limit == 0.0:
+            return 0.0, 0.0
+        x, weight = self.centers(), self.counts / self.counts.sum()
+        occupied = weight > 0
+        x, weight = x[occupied], weight[occupied]
+
+        def best(lows: Tensor, highs: Tensor) -> tuple[float, float]:
+            error = quantization_mse(x, weight, lows, highs, dtype, symmetric)
+            i = int(error.argmin())
+            return float(lows[i]), float(highs[i])
+
+        shrink = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64)
+        low, high = best(self.low * shrink, self.high * shrink)
+        if symmetric:
+            return low, high
+        around = torch.linspace(1.25, 0.5, steps, dtype=torch.float64)
+        low, high = best((low * around).clamp(min=self.low), torch.full_like(around, high))
+        return best(torch.full_like(around, low), (high * around).clamp(max=self.high))
+
+
+def quantization_mse(
+    x: Float[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+    lows: Float[Tensor, " k"],
+    highs: Float[Tensor, " k"],
+    dtype: torch.dtype,
+    symmetric: bool,
+) -> Float[Tensor, " k"]:
+    """Weighted mean squared error of rounding x to each of k grids."""
+    scale, zero = affine_parameters(lows, highs, dtype, symmetric)
+    rounded = dequantize(quantize(x.expand(len(lows), -1), scale.double(), zero, 0), scale.double(), zero, 0)  # (k, n)
+    return ((rounded - x).square() * weight).sum(1)
+
+
+def weight_scale_mse(
+    weight: Float[Tensor, "o n"], dtype: torch.dtype = torch.int8, steps: int = 40, least: float = 0.6
+) -> Float[Tensor, " o"]:
+    """Per output channel, the symmetric scale with the least squared rounding error.
+
+    Searches `steps` clipping points between `least` and all of the largest magnitude.
+    """
+    largest = weight.abs().amax(1)  # (o)
+    best = torch.full_like(largest, float("inf"))
+    chosen = torch.ones_like(largest)
+    for shrink in torch.linspace(1.0, least, steps).tolist():
+        scale, zero = affine_parameters(-largest * shrink, largest * shrink, dtype, True)
+        error = (dequantize(quantize(weight, scale, zero, 0), scale, zero, 0) - weight).square().sum(1)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+    return chosen

@@ -1,0 +1,93 @@
+"""Layers that round tensors in a traced graph. Their tensors are buffers, so a state dict holds all they know.
+
+A quantizer says of itself whether an engine has a kernel for it (`simulated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from martlet.functional import affine
+
+# Two operators of our own, because they must export to exactly one ONNX operator each.
+_library = torch.library.Library("martlet", "DEF")
+_library.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor")
+_library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
+_library.impl("quantize", affine.quantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", affine.dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("martlet::quantize")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.register_fake("martlet::dequantize")
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds an activation of any shape to one affine grid and back."""
+
+    simulated: ClassVar[bool] = False
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @property
+    def bits(self) -> int:
+        return torch.iinfo(self.zero_point.dtype).bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.ops.martlet.quantize(x, self.scale, self.zero_point, -1)
+        return torch.ops.martlet.dequantize(q, self.scale, self.zero_point, -1)
+
+
+class WeightQuantizer(nn.Module):
+    """Holds a weight as integers with one symmetric scale for each slice along `axis`; gives it back as float."""
+
+    simulated: ClassVar[bool] = False
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, values: Tensor, scale: Tensor, axis: int = 0) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=values.dtype))
+
+    @classmethod
+    def round(cls, weight: Tensor, scale: Tensor, axis: int = 0, dtype: torch.dtype = torch.int8) -> WeightQuantizer:
+        """Rounds a float weight to the nearest codes."""
+        return cls(affine.quantize(weight, scale, torch.zeros_like(scale, dtype=dtype), axis), scale, axis)
+
+    @property
+    def bits(self) -> int:
+        return torch.iinfo(self.values.dtype).bits
+
+    def forward(self) -> Tensor:
+        return torch.ops.martlet.dequantize(self.values, self.scale, self.zero_point, self.axis)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How `torch.onnx.export` writes the operators of this file (`custom_translation_table`), opset 21."""
+    from onnxscript import opset21 as op
+
+    def quantize(x, scale, zero_point, axis: int):
+        return op.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+    def dequantize(q, scale, zero_point, axis: int):
+        return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+    return {torch.ops.martlet.quantize.default: quantize, torch.ops.martlet.dequantize.default: dequantize}
