@@ -1,0 +1,55 @@
+"""Calibration images: a seeded sample, preprocessed, to go through again and again in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from martlet.core.errors import DataError
+from martlet.data.batches import in_batches
+from martlet.data.images import Images
+from martlet.data.preprocess import Preprocess
+
+HELD_BYTES = 512 << 20
+"""Crops are held as uint8 up to this size (3,500 of 224 × 224); more are decoded again at every pass."""
+
+
+class Calibration:
+    """n images drawn without replacement; the same seed draws the same. Labels aren't used.
+
+    Decodes them all once, so that `num_images` counts readable ones only. Yields them shuffled where they are held,
+    else in their order; float32 (B, 3, H, W), the last batch perhaps smaller.
+
+    Raises:
+        DataError: n or batch_size is not positive, or too many images are unreadable.
+    """
+
+    def __init__(
+        self, images: Images, preprocess: Preprocess, *, n: int = 128, batch_size: int = 8, seed: int = 0
+    ) -> None:
+        if n < 1 or batch_size < 1:
+            raise DataError(f"calibration needs at least one image and a batch of one, not {n} and {batch_size}")
+        self.batch_size = batch_size
+        self.images = images.sample(n, seed)
+        self._preprocess = preprocess
+        self._held: np.ndarray | None = None
+        shape = (len(self.images), *preprocess.size, 3)
+        held = np.empty(shape, np.uint8) if np.prod(shape) <= HELD_BYTES else None
+        self.num_images = 0
+        for _, crop in self.images.map(preprocess.crop):
+            if held is not None:
+                held[self.num_images] = crop
+            self.num_images += 1
+        if held is not None:
+            self._held = held[np.random.default_rng(seed).permutation(self.num_images)]
+
+    def __len__(self) -> int:
+        """How many batches."""
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        crops = (crop for _, crop in self.images.map(self._preprocess.crop)) if self._held is None else self._held
+        for batch in in_batches(crops, self.batch_size):
+            yield torch.from_numpy(self._preprocess.normalize(np.stack(batch)))  # (B, 3, H, W)
