@@ -69,9 +69,10 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = _library(library).load(request)
-    if not loaded.preprocess_known and not preprocess:
+    if loaded.preprocess_doubt and not preprocess:
         raise SourceError(
-            f"{spec} doesn't say how it wants its images; state at least the size, mean and std of the preprocessing"
+            f"{spec} doesn't say how it wants its images ({loaded.preprocess_doubt}); "
+            f"state at least the size, mean and std of the preprocessing"
         )
     wanted = loaded.preprocess.override(preprocess or {})
     module = loaded.module.eval()

@@ -51,7 +51,7 @@ class Loaded:
     module: images (B, 3, H, W) to logits (B, K).
     origin: JSON from which the same file's `rebuild` makes the architecture again, offline.
     weights: where the weights come from, in words.
-    preprocess_known: False if `preprocess` is an assumption, because the source says nothing of it.
+    preprocess_doubt: why `preprocess` is only an assumption, for the user to confirm; empty if the source states it.
     """
 
     module: nn.Module
@@ -59,7 +59,7 @@ class Loaded:
     origin: dict[str, Any]
     weights: str
     class_names: tuple[str, ...] | None = None
-    preprocess_known: bool = True
+    preprocess_doubt: str = ""
 
 
 def first_line(error: Exception) -> str:

@@ -48,6 +48,11 @@ def load_(module: nn.Module, path: Path, convert: Callable[[State, nn.Module], S
         raise SourceError(f"{path.name} doesn't fit the model: {problem}")
     own = module.state_dict()
     module.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})
+    return fingerprint(path)
+
+
+def fingerprint(path: Path) -> str:
+    """A file's name and the beginning of its digest, to know it again."""
     with path.open("rb") as file:
         return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
 

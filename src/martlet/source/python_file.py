@@ -37,7 +37,7 @@ def load(request: Request) -> Loaded:
     return Loaded(
         module=module,
         preprocess=Preprocess(),
-        preprocess_known=False,
+        preprocess_doubt="a module says nothing of its images",
         origin={"name": request.name, "kwargs": kwargs, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
         weights=weights,
     )
