@@ -27,7 +27,7 @@ TABLES = (".parquet", ".arrow")
 
 
 def open_images(
-    spec: str | Path | Iterable[Any],
+    spec: Images | str | Path | Iterable[Any],
     *,
     class_map: str | Path | Mapping[str, int] | Sequence[str] | None = None,
     split: str | None = None,
@@ -37,7 +37,7 @@ def open_images(
     """Opens images, without reading them yet.
 
     spec: one of FORMS (shards as `train-{000..009}.tar` or `train-*.tar` too), or a Python iterable of PIL images,
-    uint8 arrays (H, W, 3) or paths, alone or with labels.
+    uint8 arrays (H, W, 3) or paths, alone or with labels; or Images already opened.
     class_map: class index by name, or names in the order of the classes, or a file of either; for folders and labels
     that aren't in the model's order.
     split: which of the parts of a folder (`train`, `test` …).
@@ -51,8 +51,11 @@ def open_images(
 
     if limit is not None and limit < 1:
         raise DataError(f"a limit is at least one image, not {limit}")
-    indices = None if class_map is None else class_maps.read(class_map)
-    images = Images(_source(spec, indices, split))
+    if isinstance(spec, Images):
+        _refuse(class_map, split, f"{spec.source}, already opened,")
+        images = spec
+    else:
+        images = Images(_source(spec, None if class_map is None else class_maps.read(class_map), split))
     return images if limit is None else images.sample(limit, seed)
 
 

@@ -16,6 +16,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 class Folder(Source):
     """Images of a folder, in the order of their paths. Holds only the paths.
 
+    Without a class map a class is the rank of its folder's name, as text: `10` comes before `2`, as in torchvision.
+
     Raises:
         DataError: no images in it, or a class that the class map lacks.
     """

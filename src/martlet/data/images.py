@@ -121,12 +121,18 @@ class Images:
         for record, image in self.map(lambda image: image):
             yield Sample(image, record.label, record.name)
 
+    def split(self, n: int, seed: int = 0) -> tuple[Images, Images]:
+        """n of them drawn without replacement, and the others; both in their order."""
+        rows = np.arange(len(self)) if self._rows is None else np.asarray(self._rows, int)
+        drawn = np.zeros(len(rows), bool)
+        drawn[np.random.default_rng(seed).permutation(len(rows))[:n]] = True
+        return self._part(rows[drawn]), self._part(rows[~drawn])
+
     def sample(self, n: int, seed: int = 0) -> Images:
         """n of them, drawn without replacement, in their order; all, if there are no more than n."""
-        if n >= len(self):
-            return self
-        drawn = np.sort(np.random.default_rng(seed).choice(len(self), size=n, replace=False))
-        rows = drawn if self._rows is None else np.asarray(self._rows)[drawn]
+        return self if n >= len(self) else self.split(n, seed)[0]
+
+    def _part(self, rows: np.ndarray) -> Images:
         part = Images(self._source, rows.tolist())
         part._num_classes = self._num_classes
         return part

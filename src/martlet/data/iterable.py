@@ -70,9 +70,11 @@ class Python(Source):
                 label = int(label)
             except (TypeError, ValueError):
                 raise DataError(f"{name} has the label {label!r}, not the index of a class") from None
+        if label is not None and label < 0:
+            label = None
         if isinstance(item, str | Path):
             return Record(Path(item), label, str(item))
-        return Record(_picture(item, name), label if label is None or label >= 0 else None, str(name))
+        return Record(_picture(item, name), label, str(name))
 
 
 def _picture(item: Any, name: str) -> Image.Image:
