@@ -20,7 +20,7 @@ RELATIVE_ERROR = 1e-4
 
 
 class ConvNet(nn.Module):
-    """Conv–BN in every form: bias or not, depthwise, pre-activation, shared conv, output read twice, affine-free."""
+    """Batch norms that fold and that mustn't: without affine, after a sum, of a shared layer, over tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +36,8 @@ class ConvNet(nn.Module):
         self.linear_bn = nn.BatchNorm1d(6)
         self.tokens = nn.Linear(6, 6)
         self.tokens_bn = nn.BatchNorm1d(4)
+        self.flat = nn.Linear(6, 6)
+        self.flat_bn = nn.BatchNorm1d(6)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,7 @@ class ConvNet(nn.Module):
         x = self.last_bn(x + 1).mean((2, 3))  # (B, 8)
         x = self.linear_bn(self.linear(x))
         x = self.tokens_bn(self.tokens(x[:, None].expand(-1, 4, -1)))  # (B, 4, 6): its channels are the tokens
+        x = self.flat_bn(self.flat(x).flatten(0, 1)).reshape_as(x)  # (B, 4, 6): as in LeViT
         return self.head(x.mean(1))
 
 
@@ -153,12 +156,9 @@ def batch_norms(graph_module: torch.fx.GraphModule) -> int:
     return sum("batch_norm" in str(node.target) for node in graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "left"),
-    [("conv_net", 16, 4), ("mobilevitv2_050", 64, 0), ("levit_128s", 224, 2), ("fastvit_t8", 64, 24)],
-)
+@pytest.mark.parametrize(("name", "size", "left"), [("conv_net", 16, 4), ("mobilevitv2_050", 64, 0)])
 def test_folding_the_graph_keeps_the_logits(name: str, size: int, left: int) -> None:
-    """Left are those after a sum or a mean, alone in a branch, of a layer shared or read twice, and over tokens."""
+    """Left are those after a sum, of a layer shared or read twice, and over tokens."""
     model = build(name, size)
     expected = logits(model)
     graph_module = trace(model.module, model.preprocess.size)
