@@ -1,0 +1,1 @@
+"""What a report says, for people: one HTML page, and a table for the terminal."""
