@@ -99,7 +99,7 @@ class _Parquet:
             self.schema, self.num_rows = file.schema_arrow, file.metadata.num_rows
 
     def rows(self, columns: list[str], wanted: list[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Reads only row groups that hold a wanted row; buffered, so that no group is held whole."""
+        """Reads only row groups that hold a wanted row, and holds at most one of them."""
         with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
             start = 0
             for group in range(file.num_row_groups):

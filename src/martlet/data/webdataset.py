@@ -98,8 +98,13 @@ def _samples(tar: tarfile.TarFile, file: Path) -> Iterator[tuple[str, dict[str, 
         named = (member for member in tar if member.isfile() and not posixpath.basename(member.name).startswith("."))
         for key, members in groupby(named, key=lambda member: _split(member.name)[0]):
             yield key, {_split(member.name)[1]: member for member in members}
+        with file.open("rb") as raw:
+            raw.seek(tar.offset)
+            whole = raw.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{file} is damaged: {error}") from None
+    if not whole:  # tarfile takes a cut header for the end
+        raise DataError(f"{file} is damaged: it is cut short")
 
 
 def _split(name: str) -> tuple[str, str]:
