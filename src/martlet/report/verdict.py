@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from martlet.core.report import Document, Latency, Ratio, Side, Throughput
-from martlet.report.units import MISSING, SAME, compared, count, number, pct, percent, points, quantity, size, times
+from martlet.report.units import MISSING, SAME, compared, count, number, pct, percent, points, quantity, size
 
 TITLES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 DISCLAIMER = "Simulated, so no claim about speed or size: no engine has kernels for this arithmetic. "
@@ -138,7 +138,7 @@ def spread(latency: Latency) -> str:
 
 def interval(speedup: Ratio) -> str:
     """The speed-up with its 90 % bounds."""
-    return f"{times(speedup['median'])} ({speedup['low']:.2f}–{speedup['high']:.2f})"
+    return f"{speedup['median']:.2f}× ({speedup['low']:.2f}–{speedup['high']:.2f})"
 
 
 def _disclaimed(row: Row) -> Row:

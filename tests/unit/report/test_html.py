@@ -112,7 +112,7 @@ def test_every_part_of_the_document_is_on_the_page() -> None:
     for wanted in (
         "2.1× faster, 3.9× smaller, top-1 81.2 → 81.0 % (n = 500) on OpenVINO, 2 threads",
         "14.7 ms 13.8–17.2, n = 240",
-        "OpenVINO bf16 reaches 1.4× (1.43–1.48)",
+        "OpenVINO bf16 reaches 1.45× (1.43–1.48)",
         "98.6 %",
         "0.00431 nats",
         "24.9 dB",
@@ -169,9 +169,12 @@ def test_what_is_missing_is_never_a_zero() -> None:
     assert words.lower().count("not measured") >= 12
     document = sample.document()
     document["fidelity"] = {"top1_agreement_pct": None, "kl_mean": None, "logit_sqnr_db": None, "n_images": 0}  # type: ignore[typeddict-item]
+    document["engine"]["batch"] = None
     document["layers"][4]["sqnr_db"] = None  # type: ignore[typeddict-item]
     words = Page(html.render(document)).words
     assert "same top-1 answer not measured mean KL divergence not measured logit SQNR not measured" in words
+    assert "batch not measured" in words
+    assert "batch None" not in words
     assert re.search(r"blocks\.0\.attn\.proj Linear not measured", words)
 
 
