@@ -135,8 +135,7 @@ def _unwrap(found: Any, path: Path) -> State:
 
 def _strip_prefix(state: State, module: nn.Module) -> State:
     """Removes what DistributedDataParallel, torch.compile or a trainer put before every name."""
-    own = module.state_dict()
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    foreign = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in module.state_dict())]
+    while prefix := next((p for p in foreign if state and all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
