@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,10 @@ def load_model(
     library, name = _parse(spec)
     if library == "artifact":
         return _load_artifact(name, weights, num_classes, model_kwargs, preprocess)
+    try:
+        json.dumps(dict(model_kwargs or {}))
+    except TypeError as error:
+        raise UsageError(f"model kwargs are kept in the artifact, so they must be JSON: {error}") from None
     request = Request(
         name=name,
         weights=None if weights is None else str(weights),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +60,8 @@ def rebuild(origin: Mapping[str, Any]) -> nn.Module:
 def _create(name: str, num_classes: int | None, kwargs: Mapping[str, Any], weights: Any) -> nn.Module:
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        return torchvision.models.get_model(name, weights=weights, **classes, **kwargs)
+        with contextlib.redirect_stdout(sys.stderr):  # where torch says what it downloads
+            return torchvision.models.get_model(name, weights=weights, **classes, **kwargs)
     except Exception as error:
-        what = f"the pretrained weights of {name}" if weights is not None else f"{name} with {dict(kwargs)}"
-        raise SourceError(f"torchvision can't make {what}: {first_line(error)}") from error
+        what = f"get the pretrained weights of {name}" if weights is not None else f"make {name} with {dict(kwargs)}"
+        raise SourceError(f"torchvision can't {what}: {first_line(error)}") from error

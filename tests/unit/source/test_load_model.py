@@ -174,6 +174,7 @@ def test_the_zoo():
         ({"spec": "net.py"}, "net.py:FACTORY"),
         ({"spec": "nowhere/net.py:make"}, "there is no file"),
         ({**VIT, "num_classes": 0}, "at least one class"),
+        ({**VIT, "model_kwargs": {"norm_layer": torch.nn.LayerNorm}}, "must be JSON"),
         ({**VIT, "model_kwargs": {"dept": 2}}, "dept"),
         ({**VIT, "preprocess": {"size": 33}}, r"can't take images of 33 × 33 \(Input height"),
         ({**VIT, "preprocess": {"sizes": 33}}, "did you mean size"),
