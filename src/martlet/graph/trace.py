@@ -7,6 +7,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import SourceError
+from martlet.graph.fold import fold_batch_norms_
 
 aten = torch.ops.aten
 MAX_BATCH = 4096
@@ -15,8 +16,8 @@ MAX_BATCH = 4096
 def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
     """Captures the module in inference mode for any batch size and one image size (H, W).
 
-    Returns a graph from images (B, 3, H, W) to logits (B, K), in which dropout is gone and fused attention is written
-    out. Every parameter keeps its name.
+    Returns a graph from images (B, 3, H, W) to logits (B, K), in which dropout is gone, batch norms are folded into the
+    layer before, and fused attention is written out. Every parameter keeps its name.
 
     Raises:
         SourceError: `torch.export` can't capture the module.
@@ -35,6 +36,7 @@ def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     simplify_(graph_module)
+    fold_batch_norms_(graph_module)
     write_out_attention_(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()

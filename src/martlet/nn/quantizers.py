@@ -52,6 +52,19 @@ class ActivationQuantizer(nn.Module):
         return torch.ops.martlet.dequantize(q, self.scale, self.zero_point, -1)
 
 
+class ChannelScale(nn.Module):
+    """Multiplies the last axis, (…, C), by one factor a channel."""
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class WeightQuantizer(nn.Module):
     """Holds a weight as integers with one symmetric scale for each slice along `axis`; gives it back as float."""
 

@@ -1,0 +1,73 @@
+"""The bit map: in how many bits every kind of tensor of a traced graph is kept. Papers differ silently in exactly this."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch.fx import GraphModule, Node
+
+from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites
+
+ACTIVATIONS = {
+    aten.layer_norm.default: "layer_norm_output",
+    aten.gelu.default: "gelu_output",
+    aten.softmax.int: "softmax_output",
+}
+
+
+def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
+    """Tensor kind to `8`, or to `8 (47), bf16 (2)` where kinds differ; `floating` names what isn't rounded."""
+    counts: dict[str, Counter[str]] = {}
+    found = list(sites(graph_module))
+    for site in found:
+        for kind, bits in _operands(graph_module, site, floating):
+            counts.setdefault(kind, Counter())[bits] += 1
+    weighted = [site for site in found if site.weight is not None]
+    if weighted:
+        for name, site in (("first_layer", weighted[0]), ("last_layer", weighted[-1])):
+            bits = dict(_operands(graph_module, site, floating))
+            counts[name] = Counter([", ".join(f"{kind.rpartition('_')[2]} {b}" for kind, b in sorted(bits.items()))])
+    for node in graph_module.graph.nodes:
+        if kind := ACTIVATIONS.get(node.target):
+            for user in node.users:
+                counts.setdefault(kind, Counter())[_bits_after(graph_module, user, floating)] += 1
+    counts["residual"] = Counter([floating])
+    return {kind: _text(count) for kind, count in counts.items()}
+
+
+def _text(count: Counter[str]) -> str:
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{bits} ({n})" for bits, n in count.most_common())
+
+
+def _operands(graph_module: GraphModule, site: Site, floating: str) -> list[tuple[str, str]]:
+    names = {"scores": ("q", "k"), "values": ("attention_probabilities", "v")}.get(site.kind, (f"{site.kind}_input",) * 2)
+    pairs = []
+    for position in (0, 1):
+        operand = site.node.args[position]
+        assert isinstance(operand, Node)
+        kind = f"{site.kind}_weight" if position == site.weight else names[position]
+        pairs.append((kind, _bits_before(graph_module, operand, floating)))
+    return pairs
+
+
+def _bits_before(graph_module: GraphModule, node: Node, floating: str) -> str:
+    while node.target in SHAPE_ONLY and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return _bits(graph_module, node, floating)
+
+
+def _bits_after(graph_module: GraphModule, node: Node, floating: str) -> str:
+    while node.target in SHAPE_ONLY and len(node.users) == 1:
+        node = next(iter(node.users))
+    return _bits(graph_module, node, floating)
+
+
+def _bits(graph_module: GraphModule, node: Node, floating: str) -> str:
+    if node.op == "call_module":
+        bits = getattr(graph_module.get_submodule(str(node.target)), "bits", None)
+        if bits is not None:
+            return str(bits)
+    return floating
+

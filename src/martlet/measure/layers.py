@@ -1,0 +1,60 @@
+"""Error of each layer against the untouched model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from martlet.core.model import Model
+from martlet.core.report import Layer
+from martlet.core.technique import Stage
+
+if TYPE_CHECKING:
+    from martlet.graph.sites import Site
+
+
+def sqnr_db(reference: Tensor, test: Tensor) -> float:
+    """10 log10(|reference|² / |reference - test|²), in dB; infinite where they are equal."""
+    error = float((reference.double() - test.double()).square().sum())
+    signal = float(reference.double().square().sum())
+    return math.inf if error == 0 else 10 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+def layer_errors(baseline: Model, compressed: Model, images: Tensor) -> list[Layer]:
+    """SQNR of the output of every multiplication that both models have, each fed by its own predecessors.
+
+    images: float32 (B, 3, H, W). Runs both in torch. Layers that only one of the two has are left out.
+    """
+    reference, test = _outputs(baseline, images), _outputs(compressed, images)
+    layers = []
+    for name, (site, value) in reference.items():
+        if name in test and test[name][1].shape == value.shape:
+            error = sqnr_db(value, test[name][1])
+            if math.isfinite(error):
+                layers.append(Layer(name=name, kind=site.kind, sqnr_db=round(error, 2)))
+    return layers
+
+
+def _outputs(model: Model, images: Tensor) -> dict[str, tuple[Site, Tensor]]:
+    from martlet.graph.sites import sites
+    from martlet.graph.trace import trace
+
+    module = trace(model.module, model.preprocess.size) if model.stage is Stage.MODULE else model.module
+    assert isinstance(module, GraphModule)
+    found = {site.node: site for site in sites(module)}
+    kept: dict[str, tuple[Site, Tensor]] = {}
+
+    class Keep(torch.fx.Interpreter):
+        def run_node(self, n: Node) -> object:
+            value = super().run_node(n)
+            if n in found and isinstance(value, Tensor):
+                kept[found[n].name] = (found[n], value)
+            return value
+
+    with torch.no_grad():
+        Keep(module).run(images)
+    return kept

@@ -1,0 +1,286 @@
+"""The proof: the untouched model and the artifact on the same engine, images, cores and minutes, as one document."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from martlet.core import registry, report
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Progress, Stage
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from torch.fx import GraphModule
+
+    from martlet.core.report import Document, Example, Gate, Latency, Side, StepReport, Throughput
+    from martlet.data.images import Images
+    from martlet.engine.base import Engine, Session
+    from martlet.measure.accuracy import Logits
+
+BATCH = 8
+"""Images a call when logits are compared; latency is measured at batch 1."""
+
+
+@dataclass
+class Clock:
+    """Wall time by stage."""
+
+    start: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.perf_counter() - begin, 3)
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.perf_counter() - self.start, 3)}
+
+
+@dataclass
+class Duel:
+    """The untouched model and the artifact on the same engine, images, cores and minutes."""
+
+    engine: Engine
+    source: Model
+    compressed: Model
+    baseline_folder: Path
+    artifact_folder: Path
+    baseline_files: list[str]
+    artifact_files: list[str]
+    threads: int | None
+    seed: int
+    progress: Progress
+
+    def open(self, which: str, batch: int) -> Session:
+        folder = self.artifact_folder if which == "artifact" else self.baseline_folder
+        precision = {"baseline": self.source.precision, "artifact": self.compressed.precision}.get(which, which)
+        return self.engine.open(folder, batch=batch, precision=precision, threads=self.threads)
+
+    def measure(self, test: Images, clock: Clock) -> Document:
+        from martlet.measure import accuracy, coverage, fidelity, latency, layers
+
+        size = self.source.preprocess.size
+        with clock("accuracy"):
+            pair = {which: self.open(which, BATCH) for which in ("baseline", "artifact")}
+            result = accuracy.logits(pair, test, self.source.preprocess, self.progress)
+        with clock("latency"):
+            plain = [
+                p for p in self.engine.alternatives() if p not in (self.source.precision, self.compressed.precision)
+            ]
+            if self.compressed.steps and self.compressed.precision in self.engine.alternatives():
+                plain.insert(0, self.compressed.precision)
+            sessions = {which: self.open(which, 1) for which in ("baseline", "artifact", *plain)}
+            probe = np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
+            runs = {which: (lambda session=session: session(probe)) for which, session in sessions.items()}
+            times = latency.interleave(runs, seed=self.seed, progress=self.progress)
+        with clock("throughput"):
+            throughputs = {
+                which: latency.throughput(lambda batch, which=which: self.open(which, batch), size, self.progress)
+                for which in ("baseline", "artifact")
+            }
+        with clock("coverage"):
+            covered = coverage.coverage(sessions["artifact"].profile(probe), self.engine.profile_source)
+            batch = self._probe_images(test)
+            errors = layers.layer_errors(self.source, self.compressed, batch)
+        with clock("memory"):
+            sides = {
+                which: self._side(which, result, latency.summary(times[which]), throughputs[which])
+                for which in ("baseline", "artifact")
+            }
+        return {
+            "martlet_report": report.VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": None,
+            "model": _model(self.source),
+            "recipe": {},
+            "data": {},
+            "engine": {
+                "name": self.engine.name,
+                "version": self.engine.version(),
+                "threads": sessions["artifact"].threads,
+                "batch": 1,
+                "settings": {"baseline": self.source.precision, "artifact": self.compressed.precision},
+            },
+            "environment": report.environment(),
+            "baseline": sides["baseline"],
+            "artifact": sides["artifact"],
+            "alternatives": [
+                {
+                    "name": f"{self.engine.name} {precision}, not quantized",
+                    "latency_ms": latency.summary(times[precision]),
+                    "speedup": latency.ratio(times["baseline"], times[precision], self.seed),
+                }
+                for precision in plain
+            ],
+            "speedup": latency.ratio(times["baseline"], times["artifact"], self.seed),
+            "fidelity": fidelity.fidelity(result.values["baseline"], result.values["artifact"]),
+            "coverage": covered,
+            "layers": errors,
+            "bits": _bits(self.compressed),
+            "simulated": self.compressed.simulated,
+            "examples": _disagreements(result, test, self.source),
+            "gate": {"passed": True, "reasons": []},
+            "seconds": {},
+        }
+
+    def _side(self, which: str, result: Logits, times: Latency, throughput: list[Throughput]) -> Side:
+        from martlet.measure import accuracy, macs, memory, size
+
+        artifact = which == "artifact"
+        model = self.compressed if artifact else self.source
+        folder = self.artifact_folder if artifact else self.baseline_folder
+        logits, labels = result.values[which], result.labels
+        return {
+            "engine": self.engine.name,
+            "precision": model.precision,
+            "top1_pct": accuracy.topk_pct(logits, labels, 1),
+            "top5_pct": accuracy.topk_pct(logits, labels, 5),
+            "n_images": len(logits),
+            "params": size.params(model.module),
+            "weight_bytes": size.weight_bytes(model.module),
+            "file_bytes": size.file_bytes(folder, self.artifact_files if artifact else self.baseline_files),
+            "gmacs": macs.macs(model) / 1e9,
+            "latency_ms": times,
+            "throughput": throughput,
+            "peak_rss_bytes": memory.peak_rss_bytes(self.engine.name, folder, model.precision, self.threads),
+        }
+
+    def _probe_images(self, test: Images) -> torch.Tensor:
+        """The first few images of a test, for per-layer errors."""
+        import torch
+
+        from martlet.data.batches import batches
+
+        images, _, _ = next(batches(test, self.source.preprocess, BATCH))
+        return torch.from_numpy(images)
+
+
+def gate(document: Document, max_drop: float | None = None) -> Gate:
+    """Slower or larger than the untouched model, or past `max_drop`, is a failure; says why, with the costly float ops."""
+    baseline, artifact, reasons = document["baseline"], document["artifact"], []
+    speedup = document["speedup"]
+    if speedup["high"] < 1:
+        ops = document["coverage"]["ops"]
+        costly = [op for op in ops if op["precision"] != "i8"][:3]
+        named = ", ".join(f"{op['name']} ({op['precision']}, {op['microseconds'] / 1000:.2f} ms)" for op in costly)
+        reasons.append(
+            f"slower than the untouched model: {speedup['median']:.2f}x its speed "
+            f"({speedup['low']:.2f} to {speedup['high']:.2f}); costliest operations left in floating point: {named or 'none'}"
+        )
+    if artifact["file_bytes"] > baseline["file_bytes"]:
+        sizes = artifact["file_bytes"] / 1e6, baseline["file_bytes"] / 1e6
+        reasons.append(f"larger than the untouched model: {sizes[0]:.2f} MB against {sizes[1]:.2f} MB")
+    if max_drop is not None:
+        if baseline["top1_pct"] is not None and artifact["top1_pct"] is not None:
+            drop, of = baseline["top1_pct"] - artifact["top1_pct"], "top-1"
+        else:
+            drop, of = 100 - document["fidelity"]["top1_agreement_pct"], "agreement"
+        if drop > max_drop:
+            reasons.append(f"{of} drops by {drop:.2f} points, more than the {max_drop:g} allowed")
+    return {"passed": not reasons, "reasons": reasons}
+
+
+def describe_images(images: Images, n: int, seed: int | None) -> dict[str, Any]:
+    return {
+        "source": images.source,
+        "n_images": n,
+        "labelled": images.labelled,
+        "skipped": images.skipped,
+        "seed": seed,
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "num_classes": model.num_classes,
+        "image_size": list(model.preprocess.size),
+        "weights": model.origin.get("weights"),
+        "preprocess": model.preprocess.to_json(),
+        "origin": model.origin,
+    }
+
+
+def describe_recipe(model: Model) -> dict[str, Any]:
+    recipe = Recipe(tuple(step.technique for step in model.steps))
+    steps: list[StepReport] = [
+        {
+            "name": step.technique.name,
+            "family": registry.entries()[step.technique.name].family,
+            "summary": step.technique.summary,
+            "paper": step.technique.paper,
+            "settings": step.technique.settings(),
+            "record": {k: v for k, v in step.record.items() if k != "rounding"},
+            "seconds": round(step.seconds, 3),
+        }
+        for step in model.steps
+    ]
+    return {"text": str(recipe), "yaml": recipe.to_yaml(), "digest": recipe.digest(), "steps": steps}
+
+
+def _bits(model: Model) -> dict[str, Any]:
+    from martlet.graph.bits import bit_map
+    from martlet.graph.trace import trace
+
+    module = trace(model.module, model.preprocess.size) if model.stage is Stage.MODULE else model.module
+    return bit_map(cast("GraphModule", module), model.precision)
+
+
+def _disagreements(result: Logits, test: Images, model: Model, most: int = 8) -> list[Example]:
+    """Images on which the two differ in their first choice, the surest first choices of the baseline first."""
+    baseline, artifact = (_softmax(result.values[which]) for which in ("baseline", "artifact"))
+    first, second = baseline.argmax(1), artifact.argmax(1)
+    differ = np.flatnonzero(first != second)
+    chosen = set(differ[np.argsort(-baseline[differ, first[differ]])][:most].tolist())
+    names = model.class_names or test.class_names
+    found: list[Example] = []
+    if chosen:
+        for i, (record, thumbnail) in enumerate(test.map(_thumbnail)):
+            if i in chosen:
+                found.append(
+                    {
+                        "image": record.name,
+                        "label": None if record.label is None else _class(names, record.label),
+                        "baseline": _class(names, first[i]),
+                        "baseline_pct": round(100 * float(baseline[i, first[i]]), 1),
+                        "artifact": _class(names, second[i]),
+                        "artifact_pct": round(100 * float(artifact[i, second[i]]), 1),
+                        "jpeg_base64": thumbnail,
+                    }
+                )
+            if len(found) == len(chosen):
+                break
+    return found
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def _class(names: tuple[str, ...] | None, i: int) -> str:
+    return names[i] if names and i < len(names) else str(i)
+
+
+def _thumbnail(image: PIL.Image.Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((160, 160))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
