@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from martlet.core.errors import EngineError
 from martlet.core.technique import Int8Form
 
 if TYPE_CHECKING:
@@ -19,15 +21,21 @@ if TYPE_CHECKING:
 class Op:
     """One operation as the engine executed it.
 
-    name: the engine's; kind: its type (`FullyConnected`); precision: `i8`, `bf16`, `f32` …, as the kernel ran it.
-    macs: multiply–accumulates per image; microseconds: mean time per call; sources: names in the model file that were
-    fused into it.
+    name: of what it multiplies (`blocks.0.attn.qkv`), else the engine's own name.
+    kind: the engine's type (`FullyConnected`).
+    precision: `i8`, `bf16`, `f32` …, as the kernel ran it; `unknown` where the engine doesn't tell.
+    macs: multiply–accumulates per image.
+    attention: they multiply two activations, not an activation and a weight.
+    microseconds: mean time per call. A kernel that multiplied in several precisions gives one Op for each, and shares
+    its time between them by their MACs.
+    sources: names in the model file that were fused into it.
     """
 
     name: str
     kind: str
     precision: str
     macs: int = 0
+    attention: bool = False
     microseconds: float = 0.0
     sources: tuple[str, ...] = ()
 
@@ -44,7 +52,11 @@ class Session(ABC):
 
     @abstractmethod
     def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
-        """What was executed, in order, read from the engine itself."""
+        """What was executed, in order, read from the engine itself. Every MAC of the model is in exactly one Op.
+
+        Raises:
+            EngineError: the engine's account doesn't add up to the model's MACs.
+        """
 
 
 class Engine(ABC):
@@ -55,6 +67,9 @@ class Engine(ABC):
     """The optional dependency to install, if it isn't in the base."""
     int8: ClassVar[Int8Form] = Int8Form()
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
+    """What it can compute floating-point parts in, on a machine that has all of them."""
+    profile_source: ClassVar[str]
+    """Where `Session.profile` reads what was executed."""
 
     @abstractmethod
     def version(self) -> str:
@@ -63,6 +78,10 @@ class Engine(ABC):
         Raises:
             EngineError: not installed; says what to install.
         """
+
+    def alternatives(self) -> tuple[str, ...]:
+        """Those of `precisions` that this machine has."""
+        return self.precisions
 
     @abstractmethod
     def lower(self, model: Model, folder: Path) -> list[str]:
@@ -79,3 +98,51 @@ class Engine(ABC):
         Raises:
             EngineError: the files are missing or refused, or the precision isn't one of this machine's.
         """
+
+    def check_precision(self, precision: str) -> None:
+        """Raises:
+        EngineError: this engine, or this machine, doesn't compute in the precision.
+        """
+        if precision not in self.precisions:
+            raise EngineError(f"{self.name} computes in {' or '.join(self.precisions)}, not in {precision}")
+        if precision not in self.alternatives():
+            raise EngineError(
+                f"this machine has no fast {precision} in {self.name}; it has {', '.join(self.alternatives())}"
+            )
+
+    def refuse(self, what: str, cause: Exception) -> EngineError:
+        """An EngineError in one line: this engine, what it can't do, and the telling line of the cause."""
+        return EngineError(f"{self.name} can't {what}: {first_line(cause)}")
+
+
+def first_line(cause: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    lines = (line.strip() for line in str(cause).splitlines())
+    return next((line for line in lines if line and not line.startswith("Exception from")), type(cause).__name__)
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The path of an engine's file.
+
+    Raises:
+        EngineError: it isn't there.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise EngineError(f"{folder} has no {name}; compress the model again for this engine")
+    return path
+
+
+def check_images(images: np.ndarray, batch: int) -> None:
+    """Raises:
+    ValueError: not float32 (batch, 3, H, W). A defect of the caller, since images come from preprocessing.
+    """
+    if images.dtype != np.float32 or images.ndim != 4 or len(images) != batch:
+        raise ValueError(
+            f"a session of batch {batch} takes float32 ({batch}, 3, H, W), not {images.dtype} {images.shape}"
+        )
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

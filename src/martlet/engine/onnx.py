@@ -1,0 +1,119 @@
+"""ONNX, the hub: the one file format that the engines read, with rounding as QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import GraphModule
+
+from martlet.core.errors import EngineError
+from martlet.core.model import Model
+from martlet.engine.base import first_line
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 21
+"""The first in which QuantizeLinear takes everything that is needed here, and that all engines read."""
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+
+
+def to_onnx(model: Model, path: Path) -> None:
+    """Writes one file, weights included, from `images` (batch, 3, H, W) to `logits` (batch, K), for any batch.
+
+    Nodes are named after the layer that they come from: `blocks.0.attn.qkv/MatMul`, `blocks.0.attn.scores/MatMul`.
+
+    Raises:
+        EngineError: the exporter can't write this model.
+    """
+    import onnx
+
+    from martlet.graph.trace import trace
+    from martlet.nn.quantizers import onnx_translations
+
+    size = model.preprocess.size
+    module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
+    try:
+        with _quiet(), torch.no_grad():
+            batch = torch.export.Dim(BATCH, min=1, max=1024)
+            program = torch.export.export(_named(module), (torch.zeros(2, 3, *size),), dynamic_shapes=({0: batch},))
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                custom_translation_table=onnx_translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        raise EngineError(f"{model.name} can't be written as ONNX: {first_line(error)}") from error
+    assert exported is not None
+    proto = exported.model_proto
+    _name_nodes_(proto.graph)
+    _name_batch_(proto.graph)
+    try:
+        onnx.save(proto, path)
+    except ValueError as error:  # protobuf's limit
+        raise EngineError(
+            f"{model.name} can't be written as one ONNX file of at most 2 GB: {first_line(error)}"
+        ) from error
+
+
+def _named(module: GraphModule) -> GraphModule:
+    """The same graph, in which each multiplication says its site's name to the exporter."""
+    from martlet.graph.sites import sites
+
+    twin = GraphModule(module, copy.deepcopy(module.graph))
+    for site in list(sites(twin)):
+        stack = site.node.meta.get("nn_module_stack") or {}
+        site.node.meta["nn_module_stack"] = {**stack, site.name: (site.name, type(site).__name__)}
+    return twin
+
+
+def _name_nodes_(graph: onnx.GraphProto) -> None:
+    taken: Counter[str] = Counter()
+    for node in graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        path = next(iter(ast.literal_eval(scopes)[-2:-1]), "")
+        if path.startswith("_empty"):  # the exporter's word for "from no module"
+            path = ""
+        if node.op_type == "Conv" and node.input[1].endswith(".weight"):  # its scope is the batch norm's, once folded
+            path = node.input[1].removesuffix(".weight")
+        name = f"{path}/{node.op_type}" if path else node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        del node.metadata_props[:]
+
+
+def _name_batch_(graph: onnx.GraphProto) -> None:
+    """Names the dynamic dimension, and drops the shapes in between, which engines infer."""
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = BATCH
+        del value.metadata_props[:]
+    del graph.value_info[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks through warnings, logging and print; what matters, it raises."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,266 @@
+"""OpenVINO on CPU: the default engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from martlet.core.errors import EngineError
+from martlet.engine.base import Engine, Op, Session, check_images, cores, file_in
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+    from martlet.core.model import Model
+
+XML, BIN = "model.xml", "model.bin"
+CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+KERNEL_PRECISIONS = {"i8": "i8", "u8": "i8", "bf16": "bf16", "f16": "f16", "f32": "f32", "i32": "i32"}
+WARM_UP = 3
+
+
+class OpenVINO(Engine):
+    """Intermediate representation (`model.xml`, `model.bin`), compiled for the CPU at a stated precision."""
+
+    name: ClassVar[str] = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16", "f16")
+    profile_source: ClassVar[str] = "OpenVINO runtime model"
+
+    def version(self) -> str:
+        return _openvino().__version__.split("-")[0]
+
+    def alternatives(self) -> tuple[str, ...]:
+        capabilities = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return tuple(p for p in self.precisions if CAPABILITY[p] in capabilities)
+
+    def lower(self, model: Model, folder: Path) -> list[str]:
+        from martlet.engine.onnx import to_onnx
+
+        ov = _openvino()
+        self.check_precision(model.precision)
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "model.onnx"
+            to_onnx(model, path)
+            try:
+                ov.save_model(ov.Core().read_model(path), folder / XML, compress_to_fp16=False)
+            except RuntimeError as error:
+                raise self.refuse(f"read {model.name}", error) from error
+        return [XML, BIN]
+
+    def open(
+        self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None
+    ) -> OpenVINOSession:
+        ov = _openvino()
+        self.check_precision(precision)
+        path = file_in(folder, XML)
+        file_in(folder, BIN)
+        config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads or cores(),
+        }
+        core = ov.Core()
+        try:
+            model = core.read_model(path)
+            model.reshape([batch, *list(model.inputs[0].get_partial_shape())[1:]])
+            return OpenVINOSession(core, model, config)
+        except RuntimeError as error:
+            raise self.refuse(f"open {folder}", error) from error
+
+
+class OpenVINOSession(Session):
+    """A compiled model, and what is needed to compile it once more to look inside."""
+
+    def __init__(self, core: ov.Core, model: ov.Model, config: Mapping[str, Any]) -> None:
+        self._core, self._model, self._config = core, model, dict(config)
+        compiled = self._compile()
+        self.batch = model.inputs[0].shape[0]
+        self.threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        self._request = compiled.create_infer_request()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        check_images(images, self.batch)
+        self._request.infer([images], share_inputs=True)
+        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
+
+    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
+        check_images(images, self.batch)
+        compiled = self._compile(PERF_COUNT=True)  # apart, so that counting doesn't slow the session
+        microseconds = _times(compiled.create_infer_request(), images, repeats)
+        products = _products(self._model, self.batch)
+        nodes = [_Node.read(op) for op in compiled.get_runtime_model().get_ordered_ops()]
+        executed = _executed(products, nodes)
+        inside = self._inside(products) if any(n.kind == "Subgraph" and executed[n.name] for n in nodes) else {}
+        return [
+            op
+            for node in nodes
+            for op in _ops(node, executed[node.name], microseconds.get(node.name, 0.0), inside)
+            if op.macs or op.microseconds
+        ]
+
+    def _compile(self, **more: Any) -> ov.CompiledModel:
+        return self._core.compile_model(self._model, "CPU", {**self._config, **more})
+
+    def _inside(self, products: list[_Product]) -> dict[str, str]:
+        """In which precision each product runs when it has a kernel of its own.
+
+        The runtime model gives one precision for a whole fused subgraph, which may hold two products. The operands of
+        each have their types before subgraphs are formed; so compiling without forming them shows product by product
+        what the subgraph's kernels take.
+        """
+        try:
+            compiled = self._compile(SNIPPETS_MODE="DISABLE")
+        except RuntimeError:  # a plugin that doesn't know this property can't be asked: `unknown`
+            return {}
+        nodes = [_Node.read(op) for op in compiled.get_runtime_model().get_ordered_ops()]
+        executed = _executed(products, nodes)
+        return {p.names[0]: n.precision for n in nodes if n.kind != "Subgraph" for p in executed[n.name]}
+
+
+class _Product(NamedTuple):
+    """A multiplication of the model. names: its own, then those of the operations by constants that follow it."""
+
+    macs: int
+    attention: bool
+    names: tuple[str, ...]
+
+
+class _Node(NamedTuple):
+    """A node of the runtime model."""
+
+    name: str
+    kind: str
+    precision: str
+    sources: tuple[str, ...]
+
+    @classmethod
+    def read(cls, op: ov.Node) -> _Node:
+        info = op.get_rt_info()
+
+        def text(key: str) -> str:
+            return info[key].astype(str) if key in info else ""
+
+        # primitiveType ends in the type that the kernel computes in: brgemm_avx512_I8, jit_avx512_bf16
+        precision = text("primitiveType").rpartition("_")[2].lower()
+        if precision not in KERNEL_PRECISIONS:
+            precision = text("runtimePrecision").lower()
+        return cls(
+            op.get_friendly_name(),
+            text("layerType"),
+            KERNEL_PRECISIONS.get(precision, precision),
+            tuple(s for s in text("originalLayersNames").split(",") if s),
+        )
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError("openvino isn't installed; pip install openvino") from error
+    return openvino
+
+
+def _times(request: ov.InferRequest, images: np.ndarray, repeats: int) -> dict[str, float]:
+    """Mean microseconds of each executed node, by its name."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for i in range(WARM_UP + repeats):
+        request.infer([images], share_inputs=True)
+        if i >= WARM_UP:
+            for node in request.get_profiling_info():
+                total[node.node_name] += node.real_time.total_seconds() * 1e6 / repeats
+    return total
+
+
+def _products(model: ov.Model, batch: int) -> list[_Product]:
+    """Every multiplication that depends on the image, with its MACs per image."""
+    found: list[_Product] = []
+    depends: set[str] = set()
+
+    def varies(op: ov.Node) -> list[bool]:
+        return [op.input_value(i).get_node().get_friendly_name() in depends for i in range(op.get_input_size())]
+
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        inputs = varies(op)
+        if kind == "ShapeOf" or not (kind == "Parameter" or any(inputs)):
+            continue
+        depends.add(op.get_friendly_name())
+        if macs := _macs(op, kind):
+            found.append(_Product(macs // batch, kind == "MatMul" and all(inputs), (op.get_friendly_name(),)))
+        elif kind in ("Multiply", "Divide", "Add", "Subtract") and sum(inputs) == 1:
+            above = op.input_value(inputs.index(True)).get_node().get_friendly_name()
+            for i, product in enumerate(found):
+                if product.names[-1] == above:
+                    found[i] = product._replace(names=(*product.names, op.get_friendly_name()))
+    return found
+
+
+def _macs(op: ov.Node, kind: str) -> int:
+    if kind == "MatMul":
+        a = list(op.get_input_shape(0))
+        inner = a[-2] if op.get_attributes()["transpose_a"] and len(a) > 1 else a[-1]
+        return prod(op.get_output_shape(0)) * inner
+    if kind in ("Convolution", "GroupConvolution"):
+        skip = 1 if kind == "Convolution" else 2  # weights (O, I, …) or (G, O, I, …)
+        return prod(op.get_output_shape(0)) * prod(list(op.get_input_shape(1))[skip:])
+    if kind in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
+        skip = 1 if kind == "ConvolutionBackpropData" else 2  # weights (I, O, …) or (G, I, O, …)
+        return prod(op.get_input_shape(0)) * prod(list(op.get_input_shape(1))[skip:])
+    return 0
+
+
+def _executed(products: list[_Product], nodes: list[_Node]) -> dict[str, list[_Product]]:
+    """The products that each node executed, by the node's name. Every product is in exactly one.
+
+    A node lists the names that were fused into it. A product that took up the constant which follows it (a bias, a
+    scale) may go by that one's name.
+
+    Raises:
+        EngineError: a product is in several nodes, or in none.
+    """
+    kinds = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "Subgraph")
+    by_source: defaultdict[str, list[str]] = defaultdict(list)
+    for node in nodes:
+        if node.kind in kinds:
+            for source in node.sources:
+                by_source[source].append(node.name)
+    executed: defaultdict[str, list[_Product]] = defaultdict(list)
+    for product in products:
+        places = next((by_source[name] for name in product.names if by_source[name]), [])
+        if len(places) != 1:
+            raise EngineError(
+                f"openvino's runtime model shows {product.names[0]} in {len(places)} operations, so it isn't known in "
+                "which precision it ran"
+            )
+        executed[places[0]].append(product)
+    return executed
+
+
+def _ops(node: _Node, products: list[_Product], microseconds: float, inside: Mapping[str, str]) -> Iterator[Op]:
+    """One Op, or one for each precision in which a fused subgraph multiplied."""
+    if not products:
+        yield Op(
+            name=node.name, kind=node.kind, precision=node.precision, microseconds=microseconds, sources=node.sources
+        )
+        return
+    groups: defaultdict[tuple[str, bool], list[_Product]] = defaultdict(list)
+    for product in products:
+        precision = inside.get(product.names[0], "unknown") if node.kind == "Subgraph" else node.precision
+        groups[precision, product.attention].append(product)
+    for (precision, attention), members in groups.items():
+        macs = sum(product.macs for product in members)
+        yield Op(
+            name=" + ".join(product.names[0].partition("/")[0] for product in members),
+            kind=node.kind,
+            precision=precision,
+            macs=macs,
+            attention=attention,
+            microseconds=microseconds * macs / sum(product.macs for product in products),
+            sources=node.sources if len(groups) == 1 else tuple(product.names[0] for product in members),
+        )
