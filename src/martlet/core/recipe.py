@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Recipe:
 
     def _data(self, full: bool = False) -> list[Any]:
         def settings(t: Technique) -> dict[str, Any]:
-            return {k: getattr(t, k) for k in t.__dataclass_fields__} if full else t.settings()
+            return {f.name: getattr(t, f.name) for f in fields(t)} if full else t.settings()
 
         return [{t.name: s} if (s := settings(t)) else t.name for t in self.passes]
 
