@@ -63,6 +63,7 @@ def to_onnx(model: Model, path: Path) -> None:
     proto = exported.model_proto
     _name_nodes_(proto.graph)
     _name_batch_(proto.graph)
+    _drop_zero_points_(proto.graph)
     try:
         onnx.save(proto, path)
     except ValueError as error:  # protobuf's limit
@@ -103,6 +104,25 @@ def _name_batch_(graph: onnx.GraphProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
         del value.metadata_props[:]
     del graph.value_info[:]
+
+
+def _drop_zero_points_(graph: onnx.GraphProto) -> None:
+    """Leaves out the zero points of weights that are zero, as ONNX allows.
+
+    The exporter merges equal tensors, and OpenVINO leaves a convolution and a Linear that share one in floating point.
+    """
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors and len(node.input) == 3:
+            zero_point = tensors.get(node.input[2])
+            if zero_point is not None and not numpy_helper.to_array(zero_point).any():
+                del node.input[2]
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for tensor in tensors.values():
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
 
 
 @contextlib.contextmanager
