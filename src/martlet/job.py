@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from martlet import engine as engines
-from martlet.core import pipeline, store
+from martlet.core import pipeline, report, store
 from martlet.core.errors import DataError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
 from martlet.core.technique import Context, Progress, silent
-from martlet.proof import Clock, Duel, describe_images, describe_recipe, gate
+from martlet.proof import BATCH, Clock, Duel, describe_images, describe_recipe, gate
 
 if TYPE_CHECKING:
     from martlet.data.calibration import Calibration
     from martlet.data.images import Images
+    from martlet.data.preprocess import Preprocess
+    from martlet.engine.base import Engine, Session
 
 
 def compress(
@@ -62,8 +67,6 @@ def compress(
     """
     from martlet.source import load_model
 
-    from martlet.source import load_model
-
     clock, out = Clock(), Path(out)
     target = engines.get(engine)
     target.version()
@@ -104,9 +107,9 @@ def _data(
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
 
-    if calib is not None and isinstance(images, str | Path) and str(images) == str(calib):
-        raise UsageError("--images and --calib are the same; leave --calib out, and a part of --images is kept for it")
     test = open_images(images)
+    if isinstance(calib, str | Path) and str(calib) == test.source:
+        raise UsageError("--images and --calib are the same; leave --calib out, and a part of --images is kept for it")
     if test.labelled:
         test.check_labels(model.num_classes)
     if num_calib == 0:
@@ -116,11 +119,167 @@ def _data(
     else:
         if len(test) < 2 * num_calib:
             raise DataError(
-                f"{test.source} has {len(test)} images, too few to keep {num_calib} for calibration and test on others; "
-                f"give --calib, or a smaller --num-calib"
+                f"{test.source} has {len(test)} images, too few to keep {num_calib} for calibration and test on "
+                f"others; give --calib, or a smaller --num-calib"
             )
         pool, test = test.split(num_calib, seed)
     batches = Calibration(pool, model.preprocess, n=num_calib, seed=seed)
     return test, batches, describe_images(pool, batches.num_images, seed)
 
 
+def evaluate(
+    model: str | Path | Artifact | Model,
+    images: Images | str | Path | Iterable[Any],
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """How often a model or an artifact is right, run by an engine.
+
+    engine: None is an artifact's own, and OpenVINO for a model. threads: None is all cores.
+
+    Returns `model`, `engine`, `precision`, `threads`, `images` (as in the report), `n_images`, and `top1_pct` and
+    `top5_pct`, which are None without labels.
+
+    Raises:
+        MartletError: see `martlet.core.errors`.
+    """
+    from martlet.data import open_images
+    from martlet.measure import accuracy
+
+    with deploy(model, engine) as deployed:
+        test = open_images(images)
+        if test.labelled:
+            test.check_labels(deployed.num_classes)
+        session = deployed.open(BATCH, threads)
+        found = accuracy.logits({deployed.name: session}, test, deployed.preprocess, progress)
+        logits = found.values[deployed.name]
+        return {
+            **deployed.describe(session),
+            "images": describe_images(test, len(logits), None),
+            "n_images": len(logits),
+            "top1_pct": accuracy.topk_pct(logits, found.labels, 1),
+            "top5_pct": accuracy.topk_pct(logits, found.labels, 5),
+        }
+
+
+def bench(
+    models: Sequence[str | Path | Artifact | Model],
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Latency at batch 1, all models interleaved, and throughput over batch sizes, each model after the other.
+
+    engine: None is each artifact's own, and OpenVINO for a model. seed: of the input, which is noise, and of the order
+    of timing.
+
+    Returns `created`, `environment`, and `models`: of each `model`, `engine`, `precision`, `threads`, `simulated`,
+    `file_bytes`, `latency_ms`, `speedup` (how many times faster than the first) and `throughput`.
+
+    Raises:
+        MartletError: see `martlet.core.errors`.
+    """
+    import numpy as np
+
+    from martlet.measure import latency, size
+
+    if not models:
+        raise UsageError("there is nothing to time; name at least one model or artifact")
+    rng = np.random.default_rng(seed)
+    with ExitStack() as stack:
+        all_deployed = [stack.enter_context(deploy(model, engine)) for model in models]
+        sessions = [deployed.open(1, threads) for deployed in all_deployed]
+        probes = [rng.standard_normal((1, 3, *d.preprocess.size), dtype=np.float32) for d in all_deployed]
+        runs = {str(i): (lambda i=i: sessions[i](probes[i])) for i in range(len(sessions))}
+        times = list(latency.interleave(runs, seed=seed, progress=progress).values())  # ms, of each model
+        return {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": report.environment(),
+            "models": [
+                {
+                    **deployed.describe(session),
+                    "simulated": deployed.simulated,
+                    "file_bytes": size.file_bytes(deployed.folder, deployed.files),
+                    "latency_ms": latency.summary(ms),
+                    "speedup": latency.ratio(times[0], ms, seed),
+                    "throughput": latency.throughput(
+                        lambda batch, deployed=deployed: deployed.open(batch, threads),
+                        deployed.preprocess.size,
+                        progress,
+                    ),
+                }
+                for deployed, session, ms in zip(all_deployed, sessions, times, strict=True)
+            ],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A model as the files of an engine; batch size and threads are chosen on opening them."""
+
+    name: str
+    engine: Engine
+    folder: Path
+    files: Sequence[str]
+    precision: str
+    preprocess: Preprocess
+    num_classes: int
+    simulated: bool
+
+    def open(self, batch: int, threads: int | None) -> Session:
+        return self.engine.open(self.folder, batch=batch, precision=self.precision, threads=threads)
+
+    def describe(self, session: Session) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "engine": {"name": self.engine.name, "version": self.engine.version()},
+            "precision": self.precision,
+            "threads": session.threads,
+        }
+
+
+@contextmanager
+def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> Iterator[Deployed]:
+    """An artifact as it lies, unless another engine is asked for; a model lowered to a folder that vanishes after.
+
+    Raises:
+        MartletError: it can't be loaded, or the engine can't take it.
+    """
+    from martlet.source import load_model
+
+    if isinstance(model, str | Path):
+        model = store.load(model) if (Path(model) / store.MANIFEST).is_file() else load_model(str(model))
+    if isinstance(model, Artifact):
+        saved = model.manifest["model"]
+        if engine in (None, model.engine):
+            yield Deployed(
+                name=str(model.path),
+                engine=engines.get(model.engine),
+                folder=model.path,
+                files=model.manifest["engine_files"],
+                precision=model.precision,
+                preprocess=model.preprocess,
+                num_classes=saved["num_classes"],
+                simulated=saved["simulated"],
+            )
+            return
+        model = model.model()
+    target = engines.get(engine or "openvino")
+    target.version()
+    with tempfile.TemporaryDirectory() as folder:
+        files = store.write_model(Path(folder), model, target)
+        store.seal(Path(folder), model, target.name, files)
+        yield Deployed(
+            name=model.name,
+            engine=target,
+            folder=Path(folder),
+            files=files,
+            precision=model.precision,
+            preprocess=model.preprocess,
+            num_classes=model.num_classes,
+            simulated=model.simulated,
+        )

@@ -1,0 +1,90 @@
+"""`martlet compress`: the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Context, Option
+
+from martlet.cli.options import ENGINE_NAMES, Json, Loading, Overwrite, Seed, Spec, Testing, Threads
+from martlet.cli.terminal import emit, note_skipped, show, working
+
+if TYPE_CHECKING:
+    from martlet.core.store import Artifact
+    from martlet.core.technique import Progress
+
+GATE_FAILED = 3
+
+
+def compress(
+    ctx: Context,
+    model: Spec,
+    testing: Testing,
+    out: Annotated[Path, Option(metavar="DIR", help="The artifact folder to write.", show_default=False)],
+    loading: Loading,
+    recipe: Annotated[
+        str, Option(metavar="RECIPE", help="A shipped recipe, techniques joined by `|`, or a YAML file.")
+    ] = "int8",
+    engine: Annotated[str, Option(metavar="ENGINE", help=f"{ENGINE_NAMES}.")] = "openvino",
+    calib: Annotated[
+        str | None,
+        Option(
+            metavar="PATH",
+            help="Images to learn from, without labels; part of --images, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of them.")] = 64,
+    max_drop: Annotated[
+        float | None,
+        Option(min=0, metavar="POINTS", help="Of top-1, or of agreement without labels, that the gate lets go."),
+    ] = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> int:
+    """Compress a model, measure it against the untouched one on the engine, and write an artifact with its report.
+
+    Exit status 3 if the gate failed: slower or larger than before, or past --max-drop. The artifact is kept.
+    """
+
+    def job(progress: Progress) -> Artifact:
+        from martlet.core import store
+        from martlet.job import compress
+
+        store.check_free(out, overwrite)  # before minutes of loading
+        return compress(
+            loading.load(model, seed),
+            images=testing.open(seed),
+            recipe=recipe,
+            engine=engine,
+            out=out,
+            calib=calib,
+            num_calib=num_calib,
+            max_drop=max_drop,
+            overwrite=overwrite,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+            command=ctx.obj,
+        )
+
+    return run(job, json)
+
+
+def run(job: Callable[[Progress], Artifact], json: bool) -> int:
+    """Does the job and shows what came out. Returns the exit status that follows from the gate."""
+    with working("load the model") as progress:
+        artifact = job(progress)
+    document = artifact.report
+    note_skipped(document["data"]["images"]["skipped"])
+    if json:
+        emit(document)
+    else:
+        from martlet.report.terminal import summary
+
+        show(summary(document), "", f"Artifact  {artifact.path}", f"Page      {artifact.path / 'report.html'}")
+    return 0 if document["gate"]["passed"] else GATE_FAILED

@@ -1,0 +1,56 @@
+"""`martlet eval`: how often a model or an artifact is right."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Option
+
+from martlet.cli.options import ENGINE_NAMES, Json, Loading, Seed, Spec, Testing, Threads
+from martlet.cli.terminal import emit, note, note_skipped, show, table, working
+
+Engine = Annotated[
+    str | None,
+    Option(
+        metavar="ENGINE",
+        help=f"{ENGINE_NAMES}; if not given, an artifact's own, and openvino for a model.",
+        show_default=False,
+    ),
+]
+
+
+def evaluate(
+    model: Spec,
+    testing: Testing,
+    loading: Loading,
+    engine: Engine = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure top-1 and top-5 of a model or an artifact, run by an engine."""
+    with working("load the model") as progress:
+        from martlet.job import evaluate
+
+        document = evaluate(
+            loading.open(model, seed), testing.open(seed), engine=engine, threads=threads, progress=progress
+        )
+    note_skipped(document["images"]["skipped"])
+    if json:
+        emit(document)
+        return
+    from martlet.report import units, verdict
+
+    n = document["n_images"]
+    rows = [
+        ("Model", document["model"]),
+        ("Engine", f"{verdict.title(document['engine']['name'])} {document['engine']['version']}"),
+        ("Float precision", document["precision"]),
+        ("Threads", str(document["threads"])),
+        ("Images", f"{n:,} of {document['images']['source']}"),
+        ("Top-1", units.percent(document["top1_pct"], n)),
+        ("Top-5", units.percent(document["top5_pct"], n)),
+    ]
+    show(table(("", ""), rows))
+    if document["top1_pct"] is None:
+        note("the images have no labels, so nobody knows how often the model is right")

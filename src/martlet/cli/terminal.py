@@ -1,0 +1,126 @@
+"""What goes where: results to standard output, everything else to standard error, libraries' chatter nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from martlet.core.technique import Progress
+
+REDRAW_SECONDS = 0.1
+
+
+def show(*renderables: RenderableType) -> None:
+    """Prints results. A string is taken as it is, on one line however long, so that a path can be copied."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    for renderable in renderables:
+        if isinstance(renderable, str):
+            console.print(one_line(renderable), markup=False, soft_wrap=True)
+        else:
+            console.print(renderable)
+
+
+def emit(document: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Prints a document as JSON."""
+    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def note(message: str) -> None:
+    """Tells the user something on standard error, in one line."""
+    print(f"martlet: {one_line(message)}", file=sys.stderr)
+
+
+def note_skipped(names: Sequence[str]) -> None:
+    """Names and counts the images that couldn't be read."""
+    if names:
+        few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        note(f"left out {len(names)} images that can't be read: {few}")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
+    """Nothing in a cell is taken for markup. numbers: headings of columns that are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        made.add_column(heading, overflow="fold", justify="right" if heading in numbers else "left")
+    for row in rows:
+        made.add_row(*(Text(one_line(cell)) for cell in row))
+    return made
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, and without what a terminal would obey."""
+    joined = re.sub(r"\s*[\r\n\t]\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else "�" for c in joined)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Progress]:
+    """For all work that takes time: draws how far it is, and keeps libraries from talking.
+
+    what: the first thing that is done, until progress says another.
+    """
+    with _quiet(), _bar() as progress:
+        progress(what, 0, 0)
+        yield progress
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress bar on standard error if that is a terminal, and nothing if not.
+
+    It is drawn by whoever reports progress, in between, and by no thread of its own, which would disturb timings.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=None)
+    drawn, drawn_at = "", 0.0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal drawn, drawn_at
+        now = time.monotonic()
+        if what != drawn or now - drawn_at > REDRAW_SECONDS or done == total:
+            drawn, drawn_at = what, now
+            bar.update(task, description=what, completed=done, total=total or None, refresh=True)
+
+    with bar:
+        yield progress
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries warn, log or print isn't the user's business; MARTLET_DEBUG lets it through, to standard error."""
+    # Hugging Face reads these when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    level, debug = logging.root.manager.disable, "MARTLET_DEBUG" in os.environ
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        if not debug:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
