@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True
+)  # a busy machine is slow, and no test is random
+settings.load_profile("repeatable")
 
 LOOPBACK = ("localhost", "127.", "::1")
 

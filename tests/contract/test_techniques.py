@@ -1,0 +1,195 @@
+"""What every technique owes its users, asked of all of them: a new file is asked without anything being added here."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from martlet.core import pipeline, registry, store
+from martlet.core.errors import RecipeError
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context
+from martlet.engine.torch import Torch
+from martlet.source import load_model
+
+NAMES = tuple(registry.entries())
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+MODELS = {
+    "class token": TINY,
+    "no class token": TINY | {"class_token": False, "global_pool": "avg"},
+    "registers and qk-norm": TINY | {"reg_tokens": 2, "qk_norm": True},
+}
+
+
+class Noise:
+    """Calibration images: the same noise whenever they are asked for."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.num_images, self.size = 8, size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(2):
+            yield torch.randn(4, 3, *self.size, generator=generator)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> Model:
+    return load_model("timm:vit_tiny_patch16_224", model_kwargs=MODELS[request.param], num_classes=10, seed=3)
+
+
+@pytest.fixture(params=NAMES)
+def recipe(request) -> Recipe:
+    return Recipe((registry.technique(request.param)(),))
+
+
+def run(model: Model, recipe: Recipe) -> Model:
+    return pipeline.run(model, recipe, Context(images=Noise(model.preprocess.size), seed=1))
+
+
+def outputs(model: Model) -> torch.Tensor:
+    images = torch.randn(2, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        return model.module(images)
+
+
+def state(model: Model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+
+
+def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestDeclaration:
+    def test_is_frozen_hashable_and_keyword_only(self, name):
+        cls = registry.technique(name)
+        technique = cls()
+        assert hash(technique) == hash(cls())
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            technique.anything = 1  # type: ignore[attr-defined]
+        assert all(field.kw_only for field in dataclasses.fields(cls))
+
+    def test_name_is_file_and_yaml_key(self, name):
+        cls = registry.technique(name)
+        assert cls.name == name == Path(inspect.getfile(cls)).stem
+        assert Recipe.from_yaml(f"martlet: 1\npasses: [{name}]").passes == (cls(),)
+
+    def test_has_defaults_that_survive_yaml(self, name):
+        cls = registry.technique(name)
+        recipe = Recipe((cls(),))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        flipped = {f.name: not f.default for f in dataclasses.fields(cls) if isinstance(f.default, bool)}
+        recipe = Recipe((cls(**flipped),))
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert recipe.passes[0].settings() == flipped
+
+    def test_docstring_says_what_a_user_must_know(self, name):
+        cls = registry.technique(name)
+        doc = inspect.getdoc(cls) or ""
+        lines = doc.splitlines()
+        missing = [section for section in ("Needs:", "Cost:", "Paper:", "Differs:") if not has_section(lines, section)]
+        assert not missing
+        for field in dataclasses.fields(cls):
+            assert f"{field.name}: " in doc, f"the docstring leaves {field.name} out"
+
+    def test_summary_is_one_short_line(self, name):
+        summary = registry.technique(name).summary
+        assert summary == summary.strip()
+        assert "\n" not in summary
+        assert 0 < len(summary) <= 90
+        assert not summary.endswith(".")
+
+    def test_imports_no_other_technique(self, name):
+        for node in ast.walk(ast.parse(Path(inspect.getfile(registry.technique(name))).read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [module for module in modules if module.startswith("martlet.techniques")]
+
+
+def has_section(lines: list[str], section: str) -> bool:
+    """A line that begins with the section's name and goes on."""
+    return any(line.startswith(section) and line.removeprefix(section).strip() for line in lines)
+
+
+def test_source_model_is_left_untouched(model, recipe):
+    before, logits, facts = state(model), outputs(model), model.facts
+    done = run(model, recipe)
+    assert_same_state(state(model), before)
+    assert torch.equal(outputs(model), logits)
+    assert (model.facts, model.steps, model.precision) == (facts, [], "f32")
+    assert done is not model
+    assert [step.technique for step in done.steps] == list(recipe.passes)
+
+
+def test_is_deterministic(model, recipe):
+    once, again = run(model, recipe), run(model, recipe)
+    assert_same_state(state(once), state(again))
+    assert [step.record for step in once.steps] == [step.record for step in again.steps]
+
+
+def test_facts_are_honest(model, recipe):
+    done = run(model, recipe)
+    assert done.facts == recipe.facts(model.facts)
+    codes = [name for name, tensor in state(done).items() if tensor.ndim >= 2 and not tensor.is_floating_point()]
+    assert bool(codes) == ("float_weights" not in done.facts), f"weights as integers: {codes[:3]}"
+    assert isinstance(done.module, torch.fx.GraphModule) <= ("module" not in done.facts)
+
+
+def test_needs_are_honest(model, recipe):
+    [technique] = recipe.passes
+    if technique.needs_images:
+        with pytest.raises(RecipeError, match=f"{technique.name} needs calibration images"):
+            pipeline.run(model, recipe, Context())
+    else:
+        assert pipeline.run(model, recipe, Context()).steps
+
+
+def test_reloads_without_data_bit_for_bit(model, recipe, tmp_path):
+    done = run(model, recipe)
+    with store.writing(tmp_path / "out") as folder:
+        files = store.write_model(folder, done, Torch())
+        store.seal(folder, done, "torch", files)
+    again = store.load(tmp_path / "out").model()
+    assert_same_state(state(again), state(done))
+    assert torch.equal(outputs(again), outputs(done))
+    assert (again.facts, again.precision, again.stage) == (done.facts, done.precision, done.stage)
+    assert store.load(tmp_path / "out").recipe == recipe
+
+
+def test_reloaded_model_can_be_compressed_further(model, tmp_path):
+    first, second = Recipe.load("fuse"), Recipe((registry.technique("int8")(),))
+    with store.writing(tmp_path / "out") as folder:
+        fused = run(model, first)
+        store.seal(folder, fused, "torch", store.write_model(folder, fused, Torch()))
+    there = run(load_model(str(tmp_path / "out")), second)
+    here = run(model, first | second)
+    assert_same_state(state(there), state(here))
+    assert torch.equal(outputs(there), outputs(here))
+
+
+def test_a_second_application_is_refused_where_it_breaks_what_it_requires(model, recipe):
+    [technique] = recipe.passes
+    if technique.requires & technique.breaks:
+        with pytest.raises(RecipeError, match=f"which passes\\[0\\] {technique.name} breaks; one of them is enough"):
+            run(model, recipe | technique)
+    else:
+        assert len(run(model, recipe | technique).steps) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_convolutions(name, tmp_path):
+    """Train-time branches, batch norms and no attention."""
+    model = load_model("timm:repvgg_a0", num_classes=10, preprocess={"size": (64, 64), "resize": (64, 64)}, seed=3)
+    recipe = Recipe((registry.technique(name)(),))
+    done = run(model, recipe)
+    with store.writing(tmp_path / "out") as folder:
+        store.seal(folder, done, "torch", store.write_model(folder, done, Torch()))
+    assert torch.equal(outputs(store.load(tmp_path / "out").model()), outputs(done))
