@@ -377,7 +377,7 @@ def test_a_weight_under_two_names_is_left_alone() -> None:
 
 
 def test_a_convolutional_network_is_left_alone() -> None:
-    graph_module = traced(ResNet(BasicBlock, (1, 1), channels=(4, 8), num_classes=5))
+    graph_module = traced(ResNet(BasicBlock, (1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=5))
     code = graph_module.code
     assert (split_projections_(graph_module), scale_after_scores_(graph_module)) == (0, 0)
     assert attentions(graph_module) == []
