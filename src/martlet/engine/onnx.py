@@ -46,7 +46,7 @@ def to_onnx(model: Model, path: Path) -> None:
     try:
         with _quiet(), torch.no_grad():
             batch = torch.export.Dim(BATCH, min=1, max=1024)
-            program = torch.export.export(_named(module), (torch.zeros(2, 3, *size),), dynamic_shapes=({0: batch},))
+            program = torch.export.export(_prepared(module), (torch.zeros(2, 3, *size),), dynamic_shapes=({0: batch},))
             exported = torch.onnx.export(
                 program,
                 (),
@@ -72,14 +72,29 @@ def to_onnx(model: Model, path: Path) -> None:
         ) from error
 
 
-def _named(module: GraphModule) -> GraphModule:
-    """The same graph, in which each multiplication says its site's name to the exporter."""
+def _prepared(module: GraphModule) -> GraphModule:
+    """The same graph, in which each multiplication says its site's name to the exporter, and rolls are lookups.
+
+    ONNX has no roll; written as slices that are joined, it would keep OpenVINO from multiplying what follows in int8.
+    """
     from martlet.graph.sites import sites
 
     twin = GraphModule(module, copy.deepcopy(module.graph))
     for site in list(sites(twin)):
         stack = site.node.meta.get("nn_module_stack") or {}
         site.node.meta["nn_module_stack"] = {**stack, site.name: (site.name, type(site).__name__)}
+    for node in twin.graph.find_nodes(op="call_function", target=torch.ops.aten.roll.default):
+        x, shifts, dims = node.args
+        with twin.graph.inserting_before(node):
+            for shift, dim in zip(shifts, dims, strict=True):
+                n = int(node.meta["val"].shape[dim])
+                name = f"{node.name}_{dim}"
+                twin.register_buffer(name, (torch.arange(n) - shift) % n)
+                x = twin.graph.call_function(torch.ops.aten.index_select.default, (x, dim, twin.graph.get_attr(name)))
+                x.meta = dict(node.meta)
+        node.replace_all_uses_with(x)
+        twin.graph.erase_node(node)
+    twin.recompile()
     return twin
 
 
