@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument
 
 from martlet.cli.eval import Engine
 from martlet.cli.options import Json, Loading, Seed, Threads
-from martlet.cli.terminal import emit, show, table, working
+from martlet.cli.terminal import Cell, emit, show, table, working
 
 
 def bench(
@@ -42,25 +42,24 @@ def bench(
     if json:
         emit(document)
         return
+    entries = document["models"]
+    headings = ("Model", "Latency", "5–95 %", "Speed-up", "Images/s")
+    show(
+        table(headings, [_row(entry, first=entry is entries[0]) for entry in entries], numbers=headings[1:]),
+        f"{entries[0]['threads']} threads; latency at batch 1, median of {entries[0]['latency_ms']['n']:,} calls; "
+        "speed-up over the first, with its 90 % interval; images/s at the best batch size",
+    )
+
+
+def _row(entry: dict[str, Any], first: bool) -> list[Cell]:
     from martlet.report import units, verdict
 
-    entries = document["models"]
-    batches = [t["batch"] for t in entries[0]["throughput"]]
-    headings = ["Model", "Engine", "Latency", "5–95 %", "Speed-up", *(f"Images/s at {b}" for b in batches), "File"]
-    rows = [
-        [
-            entry["model"] + (" (simulated)" if entry["simulated"] else ""),
-            f"{verdict.title(entry['engine']['name'])} {entry['precision']}",
-            units.quantity(entry["latency_ms"]["median"], "ms"),
-            f"{units.number(entry['latency_ms']['p05'])}–{units.number(entry['latency_ms']['p95'])}",
-            "no claim" if entry["simulated"] else verdict.interval(entry["speedup"]),
-            *(units.number(t["images_per_s"]) for t in entry["throughput"]),
-            units.size(entry["file_bytes"]),
-        ]
-        for entry in entries
+    latency, best = entry["latency_ms"], max(entry["throughput"], key=lambda t: t["images_per_s"])
+    engine = f"{verdict.title(entry['engine']['name'])} {entry['precision']}{', simulated' * entry['simulated']}"
+    return [
+        (entry["model"], f"{engine}, {units.size(entry['file_bytes'])}"),
+        units.quantity(latency["median"], "ms"),
+        f"{units.number(latency['p05'])}–{units.number(latency['p95'])}",
+        "–" if first else "no claim" if entry["simulated"] else verdict.interval(entry["speedup"]),
+        f"{units.number(best['images_per_s'])} at {best['batch']}",
     ]
-    show(
-        table(headings, rows, numbers=headings[2:]),
-        f"{entries[0]['threads']} threads, batch 1, median of {entries[0]['latency_ms']['n']:,} calls; "
-        "speed-up over the first, with its 90 % interval",
-    )

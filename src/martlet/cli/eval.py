@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from martlet.cli.options import ENGINE_NAMES, Json, Loading, Seed, Spec, Testing, Threads
-from martlet.cli.terminal import emit, note, note_skipped, show, table, working
+from martlet.cli.terminal import emit, facts, note, note_skipped, show, working
 
 Engine = Annotated[
     str | None,
@@ -51,6 +51,6 @@ def evaluate(
         ("Top-1", units.percent(document["top1_pct"], n)),
         ("Top-5", units.percent(document["top5_pct"], n)),
     ]
-    show(table(("", ""), rows))
+    show(facts(rows))
     if document["top1_pct"] is None:
         note("the images have no labels, so nobody knows how often the model is right")

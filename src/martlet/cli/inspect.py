@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from martlet.cli.options import Json, Loading, Seed, Spec
-from martlet.cli.terminal import emit, show, table, working
+from martlet.cli.terminal import emit, facts, show, table, working
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -39,7 +39,7 @@ def inspect(
         if isinstance(opened, Artifact) and recipe is None:
             document = describe_artifact(opened)
         else:
-            torch_model = opened.model() if isinstance(opened, Artifact) else opened
+            torch_model = opened.model(trust_code=loading.trust_code) if isinstance(opened, Artifact) else opened
             document = describe_model(torch_model, recipe, seed, progress)
     if json:
         emit(document)
@@ -177,12 +177,12 @@ def _show_artifact(document: dict[str, Any]) -> None:
 
     keys = ("artifact", "model", "recipe")
     rows = [(key.capitalize(), document[key]) for key in keys]
-    rows.append(("Engine", f"{verdict.title(document['engine'])}, the rest in {document['precision']}"))
+    rows.append(("Engine", f"{verdict.title(document['engine'])}, floating point in {document['precision']}"))
     if document["simulated"]:
         rows.append(("Simulated", "yes"))
     rows += [("Preprocessing", _preprocess(document)), ("Result", document["headline"])]
     rows += [(name, units.size(size)) for name, size in document["files"].items()]
-    show(table(("", ""), rows))
+    show(facts(rows))
 
 
 def _show_model(document: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def _show_model(document: dict[str, Any]) -> None:
             layer["name"],
             layer["kind"],
             _shape(layer["weight_shape"]),
-            _shape(layer["output_shape"]),
+            _shape(layer["output_shape"][1:]),
             units.count(layer["macs"]),
             units.count(layer["params"]),
         ]
@@ -215,7 +215,7 @@ def _show_model(document: dict[str, Any]) -> None:
 
 
 def _shape(shape: list[int] | None) -> str:
-    return "–" if shape is None else " × ".join(map(str, shape))
+    return "–" if shape is None else "×".join(map(str, shape))
 
 
 def _preprocess(document: dict[str, Any]) -> str:
@@ -231,9 +231,10 @@ def _view(document: dict[str, Any]) -> str:
         return f"View: {document['no_view']}"
     heads, dims = ("/".join(map(str, v[key])) for key in ("num_heads", "head_dim"))
     grid = "any grid" if v["grid"] is None else f"{_shape(v['grid'])} patches"
+    prefix = f"{v['prefix_tokens']} prefix token{'' if v['prefix_tokens'] == 1 else 's'}"
     return (
         f"View: {v['family']} of {v['library']}, {v['blocks']} blocks, {heads} heads of {dims}, dimension "
-        f"{v['embed_dim']}, {grid} and {v['prefix_tokens']} other tokens"
+        f"{v['embed_dim']}, {grid} and {prefix}"
     )
 
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -95,7 +95,7 @@ class Loading:
 
         if not (Path(spec) / store.MANIFEST).is_file():
             return self.load(spec, seed)
-        if self != Loading():
+        if replace(self, trust_code=False) != Loading():
             raise UsageError(f"{spec} is an artifact, with its own weights, classes and preprocessing: name it alone")
         return store.load(spec)
 

@@ -52,17 +52,40 @@ def note_skipped(names: Sequence[str]) -> None:
         note(f"left out {len(names)} images that can't be read: {few}")
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
-    """Nothing in a cell is taken for markup. numbers: headings of columns that are aligned to the right."""
+Cell = str | tuple[str, ...]
+"""Of a table: one line, or several."""
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Sequence[str] = ()) -> Table:
+    """Nothing in a cell is taken for markup. numbers: headings of columns that stand to the right and never fold."""
+    made = _table(show_header=True)
+    for heading in headings:
+        is_number = heading in numbers
+        made.add_column(heading, overflow="fold", justify="right" if is_number else "left", no_wrap=is_number)
+    return _filled(made, rows)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and values, without headings."""
+    made = _table(show_header=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    return _filled(made, rows)
+
+
+def _table(show_header: bool) -> Table:
     from rich import box
     from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=show_header)
+
+
+def _filled(made: Table, rows: Iterable[Sequence[Cell]]) -> Table:
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        made.add_column(heading, overflow="fold", justify="right" if heading in numbers else "left")
     for row in rows:
-        made.add_row(*(Text(one_line(cell)) for cell in row))
+        cells = ((cell,) if isinstance(cell, str) else cell for cell in row)
+        made.add_row(*(Text("\n".join(map(one_line, lines))) for lines in cells))
     return made
 
 
