@@ -1,0 +1,119 @@
+"""Generated documentation is current, and a stale file is named."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from martlet.core import recipe, registry
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def docs():
+    """tools/docs.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("docs", ROOT / "tools" / "docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def root(tmp_path, docs) -> Path:
+    """A copy of what is generated, current, without results."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert docs.main([], tmp_path) == 0
+    return tmp_path
+
+
+def document(created: str, median: float) -> dict:
+    """The least of a benchmark's document."""
+    entry = {
+        "name": "openvino int8 (Martlet)",
+        "latency_ms": {"median": median, "p05": 1.0, "p95": 9.0, "n": 10},
+        "speedup_over_nncf": {"median": 1.25, "low": 1.1, "high": 1.4},
+    }
+    return {
+        "benchmark": "peers",
+        "created": created,
+        "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}},
+        "models": [{"name": "a_model", "entries": [entry, {"name": "torch fp32 (eager)", "error": "failed"}]}],
+    }
+
+
+def test_generated_files_are_current(docs, capsys):
+    assert docs.main(["--check"], ROOT) == 0, capsys.readouterr().err
+
+
+def test_every_technique_is_in_the_catalog(docs):
+    text = docs.techniques()
+    for entry in registry.entries().values():
+        assert f"[`{entry.name}`](../src/martlet/techniques/{entry.family}/{entry.name}.py)" in text
+        assert entry.summary in text
+
+
+@pytest.mark.parametrize("name", ["docs/techniques.md", "README.md"])
+def test_a_stale_file_is_named_and_not_written(docs, root, name, capsys):
+    (root / "results").mkdir()
+    (root / "results" / "peers.json").write_text(json.dumps(document("2026", 1.0)))
+    assert docs.main([], root) == 0
+    path = root / name
+    path.write_text(re.sub("int8|a_model", "int7", path.read_text()))
+    stale = path.read_text()
+    assert docs.main(["--check"], root) == 1
+    assert f"{name} is stale: run `make docs`" in capsys.readouterr().err
+    assert path.read_text() == stale
+
+
+def test_the_table_shows_the_newest_results_and_nothing_that_failed(docs, root):
+    (root / "results").mkdir()
+    for name, created, median in (("b", "2026-01-01", 7.777), ("a", "2026-02-02", 5.555)):
+        (root / "results" / f"{name}.json").write_text(json.dumps(document(created, median)))
+    assert docs.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert "| `a_model` | 5.55 | – | 1.25 (1.10–1.40) |" in text.replace("5.56", "5.55")
+    assert "7.78" not in text
+    assert docs.main(["--check"], root) == 0
+
+
+def test_without_results_there_is_no_table(docs, root):
+    text = (root / "README.md").read_text()
+    assert f"{docs.BEGIN}\n{docs.END}" in text
+
+
+def test_a_readme_without_markers_is_refused(docs, tmp_path):
+    (tmp_path / "README.md").write_text("# Martlet")
+    with pytest.raises(ValueError, match=r"README\.md has no <!-- results:peers -->"):
+        docs.main([], tmp_path)
+
+
+def test_wrong_use(docs, capsys):
+    assert docs.main(["--chek"]) == 2
+    assert "usage: python tools/docs.py [--check]" in capsys.readouterr().err
+
+
+def test_readme_names_every_shipped_recipe():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in recipe.shipped():
+        passes = ", ".join(f"`{technique.name}`" for technique in recipe.Recipe.load(name).passes)
+        assert f"| `{name}` | {passes}: " in text
+
+
+def test_the_readmes_recipe_is_one():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert recipe.Recipe.from_yaml(example).facts() == frozenset()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/techniques.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
+    assert not missing
