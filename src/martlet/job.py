@@ -84,7 +84,9 @@ def compress(
     with store.writing(out, overwrite) as folder, tempfile.TemporaryDirectory() as plain:
         with clock("lower"):
             files = store.write_model(folder, compressed, target)
+            store.seal(folder, compressed, engine, files)  # so that torch, which runs artifacts, can open it
             baseline_files = store.write_model(Path(plain), source, target)
+            store.seal(Path(plain), source, engine, baseline_files)
         duel = Duel(target, source, compressed, Path(plain), folder, baseline_files, files, threads, seed, progress)
         document = duel.measure(test, clock)
         document["recipe"] = describe_recipe(compressed)

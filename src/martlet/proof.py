@@ -172,7 +172,7 @@ class Duel:
 
 
 def gate(document: Document, max_drop: float | None = None) -> Gate:
-    """Slower or larger than the untouched model, or past `max_drop`, is a failure; says why, with the costly float ops."""
+    """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why."""
     baseline, artifact, reasons = document["baseline"], document["artifact"], []
     speedup = document["speedup"]
     if speedup["high"] < 1:
@@ -181,7 +181,7 @@ def gate(document: Document, max_drop: float | None = None) -> Gate:
         named = ", ".join(f"{op['name']} ({op['precision']}, {op['microseconds'] / 1000:.2f} ms)" for op in costly)
         reasons.append(
             f"slower than the untouched model: {speedup['median']:.2f}x its speed "
-            f"({speedup['low']:.2f} to {speedup['high']:.2f}); costliest operations left in floating point: {named or 'none'}"
+            f"({speedup['low']:.2f} to {speedup['high']:.2f}); costliest operations in float: {named or 'none'}"
         )
     if artifact["file_bytes"] > baseline["file_bytes"]:
         sizes = artifact["file_bytes"] / 1e6, baseline["file_bytes"] / 1e6

@@ -147,7 +147,7 @@ class Document(TypedDict):
     coverage: Coverage
     layers: list[Layer]
     bits: dict[str, Any]
-    """Bits of every tensor kind: weights, linear_inputs, conv_inputs, q, k, v, softmax_output, first and last layer …"""
+    """Bits of each tensor kind: weights, linear_inputs, conv_inputs, q, k, v, softmax_output, first and last layer."""
     simulated: bool
     examples: list[Example]
     gate: Gate

@@ -93,11 +93,14 @@ class Artifact:
         several = images if isinstance(images, Sequence) else [images]
         return np.concatenate([self._single(self.preprocess(image)[None]) for image in several])
 
-    def model(self) -> Model:
+    def model(self, *, trust_code: bool = False) -> Model:
         """The compressed model in torch, from its tensors and records alone, ready for more techniques.
+
+        trust_code: run the Python file again that the model came from, if it came from one.
 
         Raises:
             ArtifactError: this version of the host library or of torch gives another structure.
+            UsageError: the model came from a Python file, and it isn't trusted.
         """
         import safetensors.torch
 
@@ -107,7 +110,7 @@ class Artifact:
         saved = self.manifest["model"]
         model = Model(
             name=str(self.path),
-            module=source.rebuild(saved["origin"]),
+            module=source.rebuild(saved["origin"], trust_code=trust_code),
             preprocess=self.preprocess,
             num_classes=saved["num_classes"],
             origin=saved["origin"],
@@ -215,7 +218,7 @@ def writing(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_model(folder: Path, model: Model, engine: Engine) -> list[str]:
-    """Writes what runs and what rebuilds: the engine's files, weights, recipe, preprocessing. Returns the engine's files."""
+    """Writes what runs and what rebuilds: engine files, weights, recipe, preprocessing. Returns the engine files."""
     import safetensors.torch
 
     files = engine.lower(model, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -44,7 +44,7 @@ class Batches(Protocol):
 
     num_images: int
 
-    def __iter__(self) -> Iterable[torch.Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields float32 (B, 3, H, W)."""
         ...
 
@@ -65,12 +65,14 @@ class Int8Form:
 
     activation_signed: inputs of Linear and convolution are s8 (else u8 with a zero point).
     attention_signed: the operands of an attention product that are no softmax output are s8 without zero point.
-    add: both inputs of a residual addition between convolutions are rounded too.
+    add: both inputs of an addition that a convolution feeds are rounded too.
+    hoist: kernels pass integers through reshapes and transposes, so roundings move up to where values are computed.
     """
 
     activation_signed: bool = False
     attention_signed: bool = True
     add: bool = False
+    hoist: bool = True
 
 
 @dataclass(kw_only=True)

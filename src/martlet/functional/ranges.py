@@ -13,7 +13,7 @@ BINS = 4096
 
 
 class Histogram:
-    """Counts of a tensor's values over [-limit, limit), however many there are.
+    """Counts, or weights, of a tensor's values over [-limit, limit), however many there are.
 
     The limit doubles when a larger value comes, and neighbouring bins merge: one pass, fixed memory, zero always on an
     edge. The least and the greatest value are kept exactly.
@@ -25,8 +25,8 @@ class Histogram:
         self.low = float("inf")
         self.high = float("-inf")
 
-    def add(self, x: Tensor) -> None:
-        """Counts every value of x, of any shape.
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Counts every value of x, of any shape, once or by a weight of the same shape.
 
         Raises:
             NumericsError: a value is NaN or infinite.
@@ -42,8 +42,11 @@ class Histogram:
             quarter = self.counts.reshape(-1, 2).sum(1)  # (BINS / 2)
             self.counts = torch.nn.functional.pad(quarter, (BINS // 4, BINS // 4))
             self.limit *= 2
-        if self.limit > 0:
+        if self.limit > 0 and weight is None:
             self.counts += torch.histc(x.detach().float(), BINS, -self.limit, self.limit).double()
+        elif self.limit > 0 and weight is not None:
+            bins = ((x.detach() + self.limit) * (BINS / (2 * self.limit))).long().clamp_(0, BINS - 1)
+            self.counts += torch.bincount(bins.flatten(), weight.flatten(), BINS).double()
 
     def centers(self) -> Float[Tensor, " bins"]:
         width = 2 * self.limit / BINS
@@ -61,13 +64,14 @@ class Histogram:
         return max(float(edges[first]), self.low), min(float(edges[min(last + 1, BINS)]), self.high)
 
     def mse(self, dtype: torch.dtype, symmetric: bool, steps: int = 50) -> tuple[float, float]:
-        """The range whose affine grid gives the least mean squared error over the values seen.
+        """The range whose affine grid gives the least weighted mean squared error over the values seen.
 
         Both ends shrink together first, then each by itself around the best.
         """
-        if self.limit == 0.0:
-            return 0.0, 0.0
-        x, weight = self.centers(), self.counts / self.counts.sum()
+        total = float(self.counts.sum())
+        if self.limit == 0.0 or total == 0.0:
+            return self.low, self.high
+        x, weight = self.centers(), self.counts / total
         occupied = weight > 0
         x, weight = x[occupied], weight[occupied]
 

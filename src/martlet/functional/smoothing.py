@@ -34,7 +34,7 @@ def smoothquant_factors(
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The chosen alpha (None: leave as it is), its factors (C), and what it gains over leaving, in dB of output SQNR."""
+    """The chosen alpha (None: leave as it is), its factors (C), and what it gains over leaving, in dB."""
 
     alpha: float | None
     factors: Tensor
@@ -46,9 +46,10 @@ def search_smoothing(
     low: Float[Tensor, " c"],
     high: Float[Tensor, " c"],
     weight: Float[Tensor, "o c"],
+    importance: Float[Tensor, "r o"],
     alphas: Sequence[float] = ALPHAS,
 ) -> Smoothing:
-    """The alpha whose factors give the least error of rows @ weightᵀ in 8 bits.
+    """The alpha whose factors give the least squared error of rows @ weightᵀ in 8 bits, weighted by `importance`.
 
     rows are samples of the input, low and high its range in each channel over all images. Inputs are rounded to one
     u8 grid, weights to one s8 grid an output channel. SmoothQuant fixes alpha by hand for a whole model; this is the
@@ -62,7 +63,7 @@ def search_smoothing(
         steps, zeros = affine_parameters(-scaled.abs().amax(1), scaled.abs().amax(1), torch.int8, True)
         rounded_rows = dequantize(quantize(rows / factors, scale, zero), scale, zero)
         rounded_weight = dequantize(quantize(scaled, steps, zeros, 0), steps, zeros, 0)
-        return float((rounded_rows @ rounded_weight.T - exact).square().sum())
+        return float(((rounded_rows @ rounded_weight.T - exact).square() * importance).sum())
 
     ones = torch.ones_like(low)
     best, least = Smoothing(None, ones, 0.0), error(ones)

@@ -1,4 +1,4 @@
-"""The bit map: in how many bits every kind of tensor of a traced graph is kept. Papers differ silently in exactly this."""
+"""The bit map: how many bits every kind of tensor of a graph is kept in. Papers differ silently in exactly this."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def _text(count: Counter[str]) -> str:
 
 
 def _operands(graph_module: GraphModule, site: Site, floating: str) -> list[tuple[str, str]]:
-    names = {"scores": ("q", "k"), "values": ("attention_probabilities", "v")}.get(site.kind, (f"{site.kind}_input",) * 2)
+    names = {"scores": ("q", "k"), "values": ("attention_probabilities", "v")}.get(
+        site.kind, (f"{site.kind}_input",) * 2
+    )
     pairs = []
     for position in (0, 1):
         operand = site.node.args[position]
@@ -70,4 +72,3 @@ def _bits(graph_module: GraphModule, node: Node, floating: str) -> str:
         if bits is not None:
             return str(bits)
     return floating
-

@@ -150,5 +150,7 @@ def restore_(graph_module: GraphModule, saved: Mapping[str, Any]) -> None:
             scale = torch.ones(weight.shape[axis])
             insert_weight_(graph_module, nodes[name], position, WeightQuantizer(values, scale, axis))
     except KeyError as error:
-        raise ArtifactError(f"the traced graph has no node {error}; it was recorded with other library versions") from error
+        raise ArtifactError(
+            f"the traced graph has no node {error}; it was recorded with other library versions"
+        ) from error
     clean_(graph_module)

@@ -105,9 +105,10 @@ def write_out_attention_(graph_module: GraphModule) -> None:
             transposed = call(aten.transpose.int, key, -2, -1)  # (B, H, D, N)
             scores = call(aten.matmul.default, call(aten.mul.Tensor, query, scale), transposed)  # (B, H, N, N)
             if isinstance(mask, Node):
-                if mask.meta["val"].dtype == torch.bool:
-                    raise SourceError(f"attention at {node.name} has a boolean mask; only additive masks are supported")
-                scores = call(aten.add.Tensor, scores, mask)
+                if mask.meta["val"].dtype == torch.bool:  # True takes part
+                    scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
+                else:
+                    scores = call(aten.add.Tensor, scores, mask)
             output = call(aten.matmul.default, call(aten.softmax.int, scores, -1), value)  # (B, H, N, D)
         output.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(output)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import RecipeError, UsageError
@@ -16,13 +16,13 @@ from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
 from martlet.functional.affine import affine_parameters
 from martlet.functional.ranges import Histogram, weight_scale_mse
-from martlet.graph import rounding, smoothing
-from martlet.graph.observe import observe, observe_calls
+from martlet.graph import layout, rounding, smoothing, splitting
+from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
 from martlet.graph.sites import Site, aten, sites, source
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
-RANGES = ("mse", "percentile", "minmax")
+RANGES = ("hessian", "mse", "percentile", "minmax")
 U8, S8 = Grid("u8", False), Grid("s8", True)
 
 
@@ -35,10 +35,11 @@ class Int8(Technique):
     stay in floating point. In the form that the engine's kernels take (`Context.int8`).
 
     Args:
-        ranges: how an activation's range follows from its values: `mse` (least squared rounding error), `percentile`
-            (the central 99.99 %), or `minmax`.
-        smooth: divide each channel of a Linear's input by SmoothQuant's factor and multiply its weights by it, with
-            the alpha that gives that Linear the least error.
+        ranges: how an activation's range follows from its values: `hessian` (least rounding error, each value weighted
+            by what it does to the logits), `mse` (unweighted), `percentile` (the central 99.99 %), or `minmax`.
+        smooth: divide each channel of a LayerNorm's output by SmoothQuant's factor and multiply the weights that read
+            it, with the alpha that gives each the least error.
+        split: split outlier channels inside MLPs into equal parts.
         attention: quantize the products q kᵀ and softmax(…) v too.
         bias_correction: add to each bias the mean error that rounding gives its layer.
 
@@ -61,8 +62,9 @@ class Int8(Technique):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.UNFUSED})
     needs_images: ClassVar[bool] = True
 
-    ranges: str = "mse"
+    ranges: str = "hessian"
     smooth: bool = True
+    split: bool = True
     attention: bool = True
     bias_correction: bool = True
 
@@ -79,9 +81,12 @@ class Int8(Technique):
         graph_module = model.module
         assert isinstance(graph_module, GraphModule)
         images = context.calibration(self)
-        smoothed = smoothing.smooth_(graph_module, images, context.seed, context.progress) if self.smooth else None
+        graph_module.requires_grad_(False)
+        cut = layout_(graph_module)
+        smoothed = smoothing.smooth_(graph_module, images, context.seed, context.progress) if self.smooth else 0
+        split = splitting.split_(graph_module, images, context.seed, context.progress) if self.split else []
         found = [site for site in sites(graph_module) if self.attention or not site.is_attention]
-        roundings = rounding.group(rounding.hoist(place(found, context.int8)))
+        roundings = rounding.group(place(graph_module, found, context.int8))
         activations = self._activation_quantizers(graph_module, roundings, images, context)
         weights = {site: _weight_quantizer(graph_module, site) for site in found if site.weight is not None}
         corrected = 0
@@ -94,20 +99,35 @@ class Int8(Technique):
             rounding.insert_weight_(graph_module, site.node, site.weight or 0, quantizer)
         rounding.clean_(graph_module)
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
-        return {"quantized": counts, "biases_corrected": corrected, "smoothing": smoothed, "rounding": record}
+        return {
+            "quantized": counts,
+            "projections_cut": cut,
+            "biases_corrected": corrected,
+            "smoothed": smoothed,
+            "split": split,
+            "rounding": record,
+        }
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
-        if record["smoothing"]:
-            smoothing.restore_(model.module, record["smoothing"])
+        layout_(model.module)
+        splitting.restore_(model.module, record["split"])
         rounding.restore_(model.module, record["rounding"])
 
     def _activation_quantizers(
         self, graph_module: GraphModule, roundings: list[Rounding], images: Batches, context: Context
     ) -> dict[Rounding, ActivationQuantizer]:
         histograms = {r.producer: Histogram() for r in roundings}
-        watch = {node: histogram.add for node, histogram in histograms.items()}
-        observe(graph_module, images, watch, context.progress, "observe activations")
+        if self.ranges == "hessian":
+
+            def weighted(histogram: Histogram) -> Any:
+                return lambda values, gradients: histogram.add(values[0], gradients[0].square())
+
+            watch = [([node], weighted(histogram)) for node, histogram in histograms.items()]
+            observe_gradients(graph_module, images, watch, context.seed, context.progress, "observe activations")
+        else:
+            adds = {node: histogram.add for node, histogram in histograms.items()}
+            observe(graph_module, images, adds, context.progress, "observe activations")
         quantizers = {}
         for i, r in enumerate(roundings):
             context.progress("choose ranges", i + 1, len(roundings))
@@ -117,14 +137,21 @@ class Int8(Technique):
         return quantizers
 
     def _range(self, histogram: Histogram, grid: Grid) -> tuple[float, float]:
-        if self.ranges == "mse":
+        if self.ranges in ("hessian", "mse"):
             return histogram.mse(grid.dtype, grid.symmetric)
         if self.ranges == "percentile":
             return histogram.percentile(99.99)
         return histogram.low, histogram.high
 
 
-def place(found: list[Site], form: Int8Form) -> dict[Edge, Grid]:
+def layout_(graph_module: GraphModule) -> int:
+    """Exact rewrites that let the engines' fused attention take q, k and v as they come. Returns how many were cut."""
+    cut = layout.split_projections_(graph_module)
+    layout.scale_after_scores_(graph_module)
+    return cut
+
+
+def place(graph_module: GraphModule, found: list[Site], form: Int8Form) -> dict[Edge, Grid]:
     """Which operands are rounded, and to which grid."""
     edges: dict[Edge, Grid] = {}
     for site in found:
@@ -134,7 +161,16 @@ def place(found: list[Site], form: Int8Form) -> dict[Edge, Grid]:
             softmax = source(operand).target is aten.softmax.int
             signed = form.attention_signed and not softmax if site.is_attention else form.activation_signed
             edges[operand, site.node] = S8 if signed else U8
-    return edges
+    if form.add:
+        convolutions = {site.node for site in found if site.kind == "conv"}
+        for node in graph_module.graph.nodes:
+            if node.target is aten.add.Tensor and any(operand in convolutions for operand in node.args):
+                edges |= {
+                    (operand, node): U8
+                    for operand in node.args
+                    if isinstance(operand, Node) and operand.op != "get_attr"
+                }
+    return rounding.hoist(edges) if form.hoist else edges
 
 
 def correct_biases_(
@@ -168,7 +204,9 @@ def correct_biases_(
 
         return look
 
-    biased = [s for s in weights if s.node.target is not aten.matmul.default and len(s.node.args) > 2 and s.node.args[2]]
+    biased = [
+        s for s in weights if s.node.target is not aten.matmul.default and len(s.node.args) > 2 and s.node.args[2]
+    ]
     watch = {site.node: compare(site, weights[site]) for site in biased}
     observe_calls(graph_module, images, watch, context.progress, "correct biases")
     with torch.no_grad():
@@ -177,11 +215,13 @@ def correct_biases_(
     return len(biased)
 
 
-def _quantizer_on_path(operand: Node, consumer: Node, quantizer_of: Mapping[Edge, ActivationQuantizer]) -> Any:
-    """The quantizer that a hoisted rounding gives to this operand."""
+def _quantizer_on_path(operand: Node, consumer: Node, quantizer_of: Mapping[Edge, ActivationQuantizer]) -> nn.Module:
+    """The quantizer that a rounding, perhaps hoisted, gives to this operand."""
     node, user = operand, consumer
     while (node, user) not in quantizer_of:
-        node, user = node.args[0], node  # type: ignore[assignment]
+        above = node.args[0]
+        assert isinstance(above, Node)
+        node, user = above, node
     return quantizer_of[node, user]
 
 
