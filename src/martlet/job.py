@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: str | Model,
+    model: str | Model | Callable[[], Model],
     *,
     images: Images | str | Path | Iterable[Any],
     recipe: Recipe | str = "int8",
@@ -45,7 +45,7 @@ def compress(
     """Compresses a model, measures it against the untouched one on the engine, and writes an artifact folder.
 
     Args:
-        model: what `load_model` takes or gives.
+        model: what `load_model` takes or gives; or a function that gives it, called once the rest is known to be right.
         images: what accuracy and fidelity are measured on; labels are used if there are any.
         recipe: a shipped recipe's name, techniques joined by `|`, a YAML file, or a Recipe.
         engine: `openvino`, `onnxruntime` or `torch`.
@@ -74,7 +74,7 @@ def compress(
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
     with clock("load"):
-        source = load_model(model) if isinstance(model, str) else model
+        source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
         facts = recipe.facts(source.facts)
         test, batches, calibration = _data(images, calib, num_calib if recipe.needs_images else 0, source, seed)
     with clock("compress"):
@@ -253,14 +253,16 @@ def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> I
     """
     from martlet.source import load_model
 
+    asked = None if engine is None else engines.get(engine)
     if isinstance(model, str | Path):
         model = store.load(model) if (Path(model) / store.MANIFEST).is_file() else load_model(str(model))
     if isinstance(model, Artifact):
         saved = model.manifest["model"]
-        if engine in (None, model.engine):
+        own = engines.get(model.engine)
+        if asked is None or asked.name == own.name:
             yield Deployed(
                 name=str(model.path),
-                engine=engines.get(model.engine),
+                engine=own,
                 folder=model.path,
                 files=model.manifest["engine_files"],
                 precision=model.precision,
@@ -270,7 +272,7 @@ def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> I
             )
             return
         model = model.model()
-    target = engines.get(engine or "openvino")
+    target = asked or engines.get("openvino")
     target.version()
     with tempfile.TemporaryDirectory() as folder:
         files = store.write_model(Path(folder), model, target)

@@ -52,12 +52,10 @@ def compress(
     """
 
     def job(progress: Progress) -> Artifact:
-        from martlet.core import store
         from martlet.job import compress
 
-        store.check_free(out, overwrite)  # before minutes of loading
         return compress(
-            loading.load(model, seed),
+            lambda: loading.load(model, seed),
             images=testing.open(seed),
             recipe=recipe,
             engine=engine,
