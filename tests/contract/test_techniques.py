@@ -188,7 +188,9 @@ def test_a_second_application_is_refused_where_it_breaks_what_it_requires(model,
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_convolutions(name, tmp_path):
     """Train-time branches, batch norms and no attention."""
-    model = load_model("timm:repvgg_a0", num_classes=10, preprocess={"size": (64, 64), "resize": (64, 64)}, seed=3)
+    kwargs = {"embed_dim": [16, 16, 16, 16], "depth": [1, 1, 1, 1]}
+    preprocess = {"size": (64, 64), "resize": (64, 64)}
+    model = load_model("timm:repvit_m0_9", model_kwargs=kwargs, num_classes=10, preprocess=preprocess, seed=3)
     recipe = Recipe((registry.technique(name)(),))
     done = run(model, recipe)
     with store.writing(tmp_path / "out") as folder:
