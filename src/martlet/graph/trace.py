@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from martlet.core.errors import SourceError
 from martlet.graph.fold import fold_batch_norms_
@@ -38,6 +39,7 @@ def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
     simplify_(graph_module)
     fold_batch_norms_(graph_module)
     write_out_attention_(graph_module)
+    graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
@@ -105,14 +107,40 @@ def write_out_attention_(graph_module: GraphModule) -> None:
             transposed = call(aten.transpose.int, key, -2, -1)  # (B, H, D, N)
             scores = call(aten.matmul.default, call(aten.mul.Tensor, query, scale), transposed)  # (B, H, N, N)
             if isinstance(mask, Node):
-                if mask.meta["val"].dtype == torch.bool:  # True takes part
-                    scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
-                else:
+                if mask.meta["val"].dtype != torch.bool:
                     scores = call(aten.add.Tensor, scores, mask)
+                elif not _masks_nothing(graph_module, mask):  # True takes part
+                    scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
             output = call(aten.matmul.default, call(aten.softmax.int, scores, -1), value)  # (B, H, N, D)
         output.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(output)
         graph.erase_node(node)
+
+
+def _masks_nothing(graph_module: GraphModule, mask: Node) -> bool:
+    """True if a boolean mask is all True whatever the images: computed from their number alone."""
+    needed, work = set[Node](), [mask]
+    while work:
+        node = work.pop()
+        if node.op == "placeholder":
+            return False
+        if node not in needed:
+            needed.add(node)
+            work += [] if node.target is aten.sym_size.int else node.all_input_nodes
+    values: dict[Node, object] = {}
+    for node in graph_module.graph.nodes:
+        if node not in needed:
+            continue
+        if node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            values[node] = getattr(graph_module.get_submodule(owner), leaf)
+        elif node.target is aten.sym_size.int:
+            values[node] = 2 if node.args[1] == 0 else node.meta["val"]
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    result = values[mask]
+    return isinstance(result, torch.Tensor) and bool(result.all())
 
 
 def _einsum(equation: str, operands: list[torch.Tensor], path: object = None) -> torch.Tensor:
