@@ -3,7 +3,7 @@
     pip install '.[demo]'
     python examples/quickstart.py
 
-Under three minutes on two cores. Needs no download: the model comes with Martlet, the digits with the extra `demo`.
+Needs no download: the model comes with Martlet, the digits with the extra `demo`.
 """
 
 from __future__ import annotations
