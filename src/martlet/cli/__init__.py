@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: without the program's name; None takes it from the process.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else [*argv]
     try:
         with stoppable():
             command = shlex.join(["martlet", *argv])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from typer import Argument
 
 from martlet.cli.eval import Engine
-from martlet.cli.options import Json, Loading, Seed, Threads
+from martlet.cli.options import Json, ModelOptions, Seed, Threads
 from martlet.cli.terminal import Cell, emit, show, table, working
 
 
@@ -17,7 +17,7 @@ def bench(
         list[str],
         Argument(metavar="MODEL…", show_default=False, help="Models or artifacts; the first is compared with."),
     ],
-    loading: Loading,
+    model_options: ModelOptions,
     engine: Engine = None,
     threads: Threads = None,
     seed: Seed = 0,
@@ -31,9 +31,11 @@ def bench(
         from martlet.core import store
         from martlet.job import bench
 
-        opened = [Loading() if (Path(spec) / store.MANIFEST).is_file() else loading for spec in models]
         document = bench(
-            [options.open(spec, seed) for options, spec in zip(opened, models, strict=True)],
+            [
+                store.load(spec) if (Path(spec) / store.MANIFEST).is_file() else model_options.load(spec, seed)
+                for spec in models
+            ],
             engine=engine,
             threads=threads,
             seed=seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Context, Option
 
-from martlet.cli.options import ENGINE_NAMES, Json, Loading, Overwrite, Seed, Spec, Testing, Threads
+from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, Overwrite, Seed, Spec, Threads
 from martlet.cli.terminal import emit, note_skipped, show, working
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ GATE_FAILED = 3
 def compress(
     ctx: Context,
     model: Spec,
-    testing: Testing,
+    image_options: ImageOptions,
     out: Annotated[Path, Option(metavar="DIR", help="The artifact folder to write.", show_default=False)],
-    loading: Loading,
+    model_options: ModelOptions,
     recipe: Annotated[
         str, Option(metavar="RECIPE", help="A shipped recipe, techniques joined by `|`, or a YAML file.")
     ] = "int8",
@@ -55,8 +55,8 @@ def compress(
         from martlet.job import compress
 
         return compress(
-            lambda: loading.load(model, seed),
-            images=testing.open(seed),
+            lambda: model_options.load(model, seed),
+            images=image_options.open(seed),
             recipe=recipe,
             engine=engine,
             out=out,

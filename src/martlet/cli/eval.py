@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from martlet.cli.options import ENGINE_NAMES, Json, Loading, Seed, Spec, Testing, Threads
+from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, Seed, Spec, Threads
 from martlet.cli.terminal import emit, facts, note, note_skipped, show, working
 
 Engine = Annotated[
@@ -21,8 +21,8 @@ Engine = Annotated[
 
 def evaluate(
     model: Spec,
-    testing: Testing,
-    loading: Loading,
+    image_options: ImageOptions,
+    model_options: ModelOptions,
     engine: Engine = None,
     threads: Threads = None,
     seed: Seed = 0,
@@ -33,7 +33,7 @@ def evaluate(
         from martlet.job import evaluate
 
         document = evaluate(
-            loading.open(model, seed), testing.open(seed), engine=engine, threads=threads, progress=progress
+            model_options.open(model, seed), image_options.open(seed), engine=engine, threads=threads, progress=progress
         )
     note_skipped(document["images"]["skipped"])
     if json:

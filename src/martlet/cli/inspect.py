@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from martlet.cli.options import Json, Loading, Seed, Spec
+from martlet.cli.options import Json, ModelOptions, Seed, Spec
 from martlet.cli.terminal import emit, facts, show, table, working
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ NOISE_IMAGES = 4
 
 def inspect(
     model: Spec,
-    loading: Loading,
+    model_options: ModelOptions,
     recipe: Annotated[
         str | None,
         Option(metavar="RECIPE", help="Try it, on noise, and say what it applies to.", show_default=False),
@@ -35,11 +35,11 @@ def inspect(
     with working("load the model") as progress:
         from martlet.core.store import Artifact
 
-        opened = loading.open(model, seed)
+        opened = model_options.open(model, seed)
         if isinstance(opened, Artifact) and recipe is None:
             document = describe_artifact(opened)
         else:
-            torch_model = opened.model(trust_code=loading.trust_code) if isinstance(opened, Artifact) else opened
+            torch_model = opened.model(trust_code=model_options.trust_code) if isinstance(opened, Artifact) else opened
             document = describe_model(torch_model, recipe, seed, progress)
     if json:
         emit(document)

@@ -41,7 +41,7 @@ def _option(panel: str, metavar: str, text: str, *names: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
+class ModelOptions:
     """How a model is loaded, and how it wants its images."""
 
     weights: Annotated[
@@ -95,7 +95,7 @@ class Loading:
 
         if not (Path(spec) / store.MANIFEST).is_file():
             return self.load(spec, seed)
-        if replace(self, trust_code=False) != Loading():
+        if replace(self, trust_code=False) != ModelOptions():
             raise UsageError(f"{spec} is an artifact, with its own weights, classes and preprocessing: name it alone")
         return store.load(spec)
 
@@ -116,7 +116,7 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Testing:
+class ImageOptions:
     """On which images."""
 
     images: Annotated[
@@ -187,16 +187,18 @@ def parse_kwargs(text: str) -> dict[str, Any]:
             return json.loads(text)
         except ValueError as error:
             raise UsageError(f"--model-kwargs is no JSON: {error}") from None
-    found: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+=)", text):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise UsageError(f"--model-kwargs takes name=value,name=value or a JSON object, not {text!r}")
-        try:
-            found[key.strip()] = json.loads(value)
-        except ValueError:
-            found[key.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
-    return found
+    pairs = [re.fullmatch(r"\s*([^\W\d]\w*)=(.*)", part) for part in re.split(r",(?=\s*\w+=)", text)]
+    values = {pair[1]: _value(pair[2]) for pair in pairs if pair}
+    if not all(pairs) or any(isinstance(value, str) and (not value or "," in value) for value in values.values()):
+        raise UsageError(f"--model-kwargs takes name=value,name=value or a JSON object, not {text!r}")
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _box(option: str, text: str) -> tuple[int, int]:

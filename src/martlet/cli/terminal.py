@@ -49,7 +49,7 @@ def note_skipped(names: Sequence[str]) -> None:
     """Names and counts the images that couldn't be read."""
     if names:
         few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        note(f"left out {len(names)} images that can't be read: {few}")
+        note(f"left out {len(names)} image{'' if len(names) == 1 else 's'} that can't be read: {few}")
 
 
 Cell = str | tuple[str, ...]
@@ -101,25 +101,26 @@ def working(what: str) -> Iterator[Progress]:
 
     what: the first thing that is done, until progress says another.
     """
-    with _quiet(), _bar() as progress:
-        progress(what, 0, 0)
+    with _quiet(), _bar(what) as progress:
         yield progress
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _bar(what: str) -> Iterator[Progress]:
     """A progress bar on standard error if that is a terminal, and nothing if not.
 
     It is drawn by whoever reports progress, in between, and by no thread of its own, which would disturb timings.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    description = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=40))
+    columns = description, BarColumn(bar_width=20), TaskProgressColumn(), TimeElapsedColumn()
     bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("", total=None)
-    drawn, drawn_at = "", 0.0
+    task = bar.add_task(what, total=None)
+    drawn, drawn_at = what, 0.0
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal drawn, drawn_at

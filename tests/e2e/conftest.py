@@ -1,0 +1,54 @@
+"""Whole journeys run the command line in this process, so that heavy libraries are imported once."""
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from martlet.cli import main
+
+TINY = "depth=2,img_size=32,patch_size=8,embed_dim=48,num_heads=3"
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def martlet() -> Callable[..., Result]:
+    """Runs `martlet ARGUMENTS…`."""
+
+    def run(*arguments: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = main([str(argument) for argument in arguments])
+        return Result(status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """A model of two blocks for ten classes, as arguments."""
+    return ["timm:vit_tiny_patch16_224", "--model-kwargs", TINY, "--num-classes", "10"]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of noise in ten classes, and one that is cut off."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(25):
+        folder = root / f"class{i % 10}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    broken = root / "class3" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    return root

