@@ -1,0 +1,71 @@
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from martlet.core.errors import EngineError
+from martlet.core.model import Model
+from martlet.data.preprocess import Preprocess
+from martlet.engine.onnx import to_onnx
+
+
+def test_one_file_with_named_nodes_and_a_free_batch(vit, tmp_path, capfd):
+    to_onnx(vit, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    [image], [logits] = model.graph.input, model.graph.output
+    assert (image.name, logits.name) == ("images", "logits")
+    assert [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim] == ["batch", 3, 32, 32]
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert {"blocks.0.attn.qkv/MatMul", "blocks.1.attn.scores/MatMul", "patch_embed.proj/Conv"} <= set(names)
+
+
+def test_int8_weights_are_stored_as_integers_without_zero_points(vit_int8, tmp_path):
+    code = vit_int8.module.code
+    to_onnx(vit_int8, tmp_path / "model.onnx")
+    assert vit_int8.module.code == code  # the model itself is left alone
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    weights = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+    assert len(weights) >= 10  # patches, four in each of two blocks, head
+    assert all(len(node.input) == 2 for node in weights)
+    assert all(tensors[node.input[0]].data_type == onnx.TensorProto.INT8 for node in weights)
+    codes = numpy_helper.to_array(tensors[weights[1].input[0]])
+    assert abs(codes.astype(int)).max() > 100  # the grid is used
+    used = {name for node in graph.node for name in node.input}
+    assert set(tensors) <= used
+
+
+class Rolling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.roll(x, (1, -2), (2, 3)).flatten(2)[:, :, :7].sum(1) * torch.arange(7)
+
+
+def test_rolls_are_lookups(tmp_path):
+    from onnx.reference import ReferenceEvaluator
+
+    module = Rolling()
+    model = Model(name="roll", module=module, preprocess=Preprocess(size=(4, 5)), num_classes=7, origin={})
+    to_onnx(model, tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert [node.op_type for node in proto.graph.node].count("Gather") >= 2
+    x = torch.randn(3, 3, 4, 5)
+    [logits] = ReferenceEvaluator(proto).run(None, {"images": x.numpy()})  # type: ignore[misc]
+    torch.testing.assert_close(torch.from_numpy(logits), module(x))
+
+
+class Inexpressible(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.airy_ai(x.mean((2, 3)))
+
+
+def test_what_onnx_lacks_is_one_line(tmp_path):
+    model = Model(name="airy", module=Inexpressible(), preprocess=Preprocess(size=(4, 4)), num_classes=3, origin={})
+    with pytest.raises(EngineError, match="airy can't be written as ONNX: ") as caught:
+        to_onnx(model, tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
