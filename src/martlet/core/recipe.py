@@ -99,9 +99,9 @@ class Recipe:
         for key in data:
             if key not in ("martlet", "passes"):
                 raise RecipeError(f"{where} has an unknown key {key!r}{nearest(str(key), ['martlet', 'passes'])}")
-        if data.get("martlet") != FORMAT:
+        if data.get("martlet") != FORMAT or data.get("martlet") is True:
             raise RecipeError(f"{where}: its first line must be `martlet: {FORMAT}`, not {data.get('martlet')!r}")
-        passes = data.get("passes") or []
+        passes = [] if data.get("passes") is None else data["passes"]
         if not isinstance(passes, list):
             raise RecipeError(f"{where}: passes must be a list")
         return cls(tuple(_pass(item, f"{where}: passes[{i}]") for i, item in enumerate(passes)))
@@ -109,6 +109,8 @@ class Recipe:
     @classmethod
     def load(cls, spec: str) -> Recipe:
         """`int8` (shipped), `path/to/recipe.yaml`, a technique's name, `none`, or several joined by `|`.
+
+        Alone, a name is a shipped recipe's first; joined, a technique's.
 
         Raises:
             RecipeError: nothing of that name.
@@ -118,9 +120,9 @@ class Recipe:
                 return cls.from_yaml(Path(spec).read_text(encoding="utf-8"), spec)
             except OSError as error:
                 raise RecipeError(f"can't read the recipe {spec}: {error.strerror}") from None
-        recipe = cls()
-        for name in (part.strip() for part in spec.split("|")):
-            if name in shipped():
+        recipe, names = cls(), [part.strip() for part in spec.split("|")]
+        for name in names:
+            if name in shipped() and not (len(names) > 1 and name in registry.entries()):
                 recipe |= cls.from_yaml((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), name)
             elif name in registry.entries():
                 recipe |= registry.technique(name)()
@@ -146,9 +148,12 @@ def _pass(item: Any, where: str) -> Technique:
     if not isinstance(item, dict) or len(item) != 1:
         raise RecipeError(f"{where} must be a technique's name, or one name with its settings")
     [(name, settings)] = item.items()
-    if not isinstance(settings or {}, dict):
+    settings = {} if settings is None else settings
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: a technique's name is a word, not {name!r}")
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise RecipeError(f"{where} {name}: settings must be a mapping")
     try:
-        return registry.technique(name).from_settings(settings or {}, where)
+        return registry.technique(name).from_settings(settings, where)
     except RecipeError as error:
         raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from None

@@ -152,10 +152,9 @@ def load(path: str | Path) -> Artifact:
         ) from None
     except ValueError:
         raise ArtifactError(f"{path / MANIFEST} is damaged: it is not JSON") from None
-    if manifest.get("martlet_artifact") != VERSION:
-        raise ArtifactError(
-            f"{path} is an artifact of version {manifest.get('martlet_artifact')}; this Martlet reads version {VERSION}"
-        )
+    version = manifest.get("martlet_artifact") if isinstance(manifest, dict) else None
+    if version != VERSION or not isinstance(manifest.get("files"), dict):
+        raise ArtifactError(f"{path} is an artifact of version {version}; this Martlet reads version {VERSION}")
     for name, expected in manifest["files"].items():
         if Path(name).name != name:
             raise ArtifactError(f"{path / MANIFEST} names a file outside the artifact: {name!r}")
@@ -208,8 +207,9 @@ def writing(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             folder.rename(path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        # safetensors raises an error of its own, which names the system's only in its text
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC})" in str(error):
             raise MartletError(f"the disk of {path.parent.resolve()} is full; nothing was left behind") from error
         raise
     finally:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from martlet.core.model import Model
+    from martlet.core.recipe import Recipe
 
 
 class Stage(StrEnum):
@@ -120,6 +121,11 @@ class Technique(ABC):
         super().__init_subclass__()
         cls.requires |= cls.stage.requires
         cls.breaks |= cls.stage.breaks
+
+    def __or__(self, other: Technique | Recipe) -> Recipe:
+        from martlet.core.recipe import Recipe
+
+        return Recipe((self,)) | other
 
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""

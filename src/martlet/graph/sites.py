@@ -43,6 +43,8 @@ SELECTIONS = (
 SHAPE_ONLY = (*PERMUTATIONS, *SELECTIONS)
 
 
+MASKS = (aten.masked_fill.Scalar, aten.where.self)
+
 Kind = Literal["linear", "conv", "scores", "values", "product"]
 
 
@@ -111,10 +113,18 @@ def source(node: Node, through: tuple[object, ...] = SHAPE_ONLY) -> Node:
     return node
 
 
+def _unrounded(node: Node) -> Node:
+    """As `source`, looking through quantizers too."""
+    node = source(node)
+    while node.op == "call_module" and node.args and isinstance(node.args[0], Node):
+        node = source(node.args[0])
+    return node
+
+
 def _role(node: Node) -> Kind:
     """`values` if an operand comes from a softmax, `scores` if a softmax follows, else `product`."""
     softmax = (aten.softmax.int, aten._softmax.default)
-    if any(isinstance(a, Node) and source(a).target in softmax for a in node.args):
+    if any(isinstance(a, Node) and _unrounded(a).target in softmax for a in node.args):
         return "values"
     after, seen = [node], 0
     while after and seen < 8:  # scores pass through scale, bias and mask before their softmax
@@ -122,5 +132,7 @@ def _role(node: Node) -> Kind:
         after = [user for n in after for user in n.users]
         if any(n.target in softmax for n in after):
             return "scores"
-        after = [n for n in after if n.target in (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor)]
+        after = [
+            n for n in after if n.target in (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, *MASKS)
+        ]
     return "product"
