@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -127,7 +129,7 @@ def _masks_nothing(graph_module: GraphModule, mask: Node) -> bool:
         if node not in needed:
             needed.add(node)
             work += [] if node.target is aten.sym_size.int else node.all_input_nodes
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     for node in graph_module.graph.nodes:
         if node not in needed:
             continue

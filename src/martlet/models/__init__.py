@@ -1,0 +1,97 @@
+"""The zoo: architectures that Martlet brings itself, one file a family.
+
+A family is written as timm writes one: `default_cfgs` says how a model wants its images and where its weights lie, and
+`@register_model` makes the function of each model known. So `timm.create_model(name)` works once this package is
+imported, and a new family is one new file here, listed nowhere else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
+from torch import nn
+
+from martlet.core.errors import SourceError, nearest
+from martlet.data.preprocess import Preprocess, shorter_side
+
+__all__ = ["class_names", "create", "names", "preprocess", "weights"]
+
+for _family in iter_modules(__path__, f"{__name__}."):
+    import_module(_family.name)
+
+
+def names() -> tuple[str, ...]:
+    """Every model of the zoo, sorted."""
+    return tuple(name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__name__}."))
+
+
+def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A model that maps images (B, 3, H, W) to logits (B, K), its weights random unless `pretrained`.
+
+    kwargs: what the model's own constructor takes (`num_classes`, `img_size` …).
+
+    Raises:
+        SourceError: no such model, it has no trained weights, or its constructor refuses the arguments.
+    """
+    cfg = _cfg(name)
+    if pretrained and cfg.file is None:
+        raise SourceError(f"{name} comes without trained weights; give your own with --weights")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise SourceError(f"{name} can't be made with {kwargs}: {error}") from error
+
+
+def preprocess(name: str) -> Preprocess:
+    """How the model wants its images.
+
+    Raises:
+        SourceError: no such model.
+    """
+    cfg = _cfg(name)
+    _, h, w = cfg.input_size
+    return Preprocess(
+        size=(h, w),
+        resize=shorter_side((h, w), cfg.crop_pct),
+        interpolation=cfg.interpolation,
+        mean=_rgb(cfg.mean),
+        std=_rgb(cfg.std),
+    )
+
+
+def weights(name: str) -> Path | None:
+    """The safetensors file of the trained weights, in float16; None if the model has none.
+
+    Raises:
+        SourceError: no such model.
+    """
+    file = _cfg(name).file
+    return None if file is None else Path(file)
+
+
+def class_names(name: str) -> tuple[str, ...] | None:
+    """What the trained classes are called, in the order of the logits; None if that isn't known.
+
+    Raises:
+        SourceError: no such model.
+    """
+    return _cfg(name).label_names
+
+
+def _cfg(name: str) -> PretrainedCfg:
+    if name not in names():
+        raise SourceError(f"the zoo has no model {name!r}{nearest(name, names())} (known: {', '.join(names())})")
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        raise TypeError(f"{name} has no entry in its family's default_cfgs")  # a defect of the package
+    return cfg
+
+
+def _rgb(values: tuple[float, ...]) -> tuple[float, float, float]:
+    r, g, b = values
+    return r, g, b
