@@ -1,6 +1,7 @@
 """Two tiny models in every form that the engines' tests need, lowered once."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,9 @@ def vit() -> Model:
 
 
 @pytest.fixture(scope="session")
-def vit_int8(vit: Model) -> Model:
-    """As OpenVINO wants it. Not to be changed."""
-    return quantized(vit, "openvino")
+def int8(vit: Model) -> Callable[[str], Model]:
+    """The ViT as an engine wants it in int8. Not to be changed."""
+    return cache(lambda engine: quantized(vit, engine))
 
 
 @pytest.fixture(scope="session")

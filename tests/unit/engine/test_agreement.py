@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import CONV_MACS, VIT_ATTENTION_MACS, VIT_MACS, quantized
+from tiny_models import CONV_MACS, VIT_ATTENTION_MACS, VIT_MACS
 
 from martlet import engine as engines
 from martlet.core.errors import EngineError, UsageError
@@ -43,8 +43,8 @@ def test_macs_of_convolutions_are_all_attributed(conv, lowered, images, engine):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_int8_keeps_close_to_its_simulation(vit, lowered, images, engine):
-    model = quantized(vit, engine)
+def test_int8_keeps_close_to_its_simulation(vit, int8, lowered, images, engine):
+    model = int8(engine)
     session = engines.get(engine).open(lowered(model, engine), batch=3)
     with torch.no_grad():
         simulated = model.module(torch.from_numpy(images)).numpy()

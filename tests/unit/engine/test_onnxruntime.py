@@ -3,14 +3,14 @@ import sys
 
 import onnx
 import pytest
-from tiny_models import VIT_ATTENTION_MACS, quantized
+from tiny_models import VIT_ATTENTION_MACS
 
 from martlet.core.errors import EngineError
 from martlet.engine.onnxruntime import ONNXRuntime, _attribute, _Product
 
 
-def test_int8_linears_and_products_run_in_i8(vit, lowered, images):
-    model = quantized(vit, "onnxruntime")
+def test_int8_linears_and_products_run_in_i8(int8, lowered, images):
+    model = int8("onnxruntime")
     ops = ONNXRuntime().open(lowered(model, "onnxruntime"), batch=3).profile(images, repeats=2)
     assert sum(op.macs for op in ops if op.attention and op.precision == "i8") == VIT_ATTENTION_MACS
     linear = {op.name: op.precision for op in ops if op.macs and op.name.startswith("blocks")}

@@ -35,14 +35,14 @@ def test_files_hold_float32_weights(vit, lowered):
     assert (folder / "model.bin").stat().st_size > 0.98 * 4 * params  # equal tensors are stored once
 
 
-def test_int8_files_are_a_quarter(vit, vit_int8, lowered):
-    whole, small = (lowered(model, "openvino") / "model.bin" for model in (vit, vit_int8))
+def test_int8_files_are_a_quarter(vit, int8, lowered):
+    whole, small = (lowered(model, "openvino") / "model.bin" for model in (vit, int8("openvino")))
     assert small.stat().st_size < 0.4 * whole.stat().st_size  # norms, biases and position embeddings stay float32
 
 
 @vnni
-def test_every_product_of_an_int8_vit_runs_in_i8(vit_int8, lowered, images):
-    ops = profile(vit_int8, lowered, images)
+def test_every_product_of_an_int8_vit_runs_in_i8(int8, lowered, images):
+    ops = profile(int8("openvino"), lowered, images)
     assert macs_by(ops, attention=True) == {"i8": VIT_ATTENTION_MACS}
     assert macs_by(ops, attention=False) == {"i8": VIT_MACS - VIT_ATTENTION_MACS}
 
@@ -56,9 +56,9 @@ def test_attention_left_in_float_is_seen(vit, lowered, images):
 
 @vnni
 @pytest.mark.parametrize("left", ["first", "second"])
-def test_two_products_in_one_kernel_are_told_apart(vit_int8, lowered, images, left):
+def test_two_products_in_one_kernel_are_told_apart(int8, lowered, images, left):
     """With one product's rounding taken out, half of the attention's MACs are float and half int8."""
-    model = vit_int8.copy()
+    model = int8("openvino").copy()
     products = [site for site in sites(model.module) if site.is_attention]  # type: ignore[arg-type]
     for site in products[0 if left == "first" else 1 :: 2]:
         for position in site.activations:

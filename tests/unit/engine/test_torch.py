@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VIT_MACS, quantized
+from tiny_models import VIT_MACS
 
 from martlet.core.errors import ArtifactError
 from martlet.engine.torch import Torch
 
 
-def test_runs_what_the_artifact_rebuilds(vit, lowered, images):
-    model = quantized(vit, "torch")
+def test_runs_what_the_artifact_rebuilds(int8, lowered, images):
+    model = int8("torch")
     session = Torch().open(lowered(model, "torch"), batch=3)
     with torch.no_grad():
         expected = model.module(torch.from_numpy(images)).numpy()
@@ -26,8 +26,8 @@ def test_bf16_is_bf16(vit, lowered, images):
     assert sum(op.macs for op in ops) == VIT_MACS
 
 
-def test_simulated_rounding_is_no_int8(vit, lowered, images):
-    ops = Torch().open(lowered(quantized(vit, "torch"), "torch"), batch=3).profile(images, repeats=1)
+def test_simulated_rounding_is_no_int8(int8, lowered, images):
+    ops = Torch().open(lowered(int8("torch"), "torch"), batch=3).profile(images, repeats=1)
     assert {op.precision for op in ops if op.macs} == {"f32"}
 
 
