@@ -193,7 +193,7 @@ def martlet_int8(engine_name: str) -> Callable[[Case, Path], Ready]:
     return prepare
 
 
-NNCF, OTHER_NNCF = "openvino int8 (NNCF)", "openvino int8 (NNCF, other preset)"
+NNCF, OTHER_NNCF = "openvino int8 (NNCF)", "openvino int8 (NNCF, other)"
 OPENVINO_FP32 = "openvino fp32"
 
 CONTENDERS = (
@@ -203,7 +203,7 @@ CONTENDERS = (
     Contender("openvino bf16", "openvino", "bf16", openvino_float("bf16")),
     Contender(NNCF, "openvino", "int8", nncf_int8(default=True)),
     Contender(OTHER_NNCF, "openvino", "int8", nncf_int8(default=False)),
-    Contender("openvino int8 (NNCF, fused model)", "openvino", "int8", nncf_fused),
+    Contender("openvino int8 (NNCF, fused)", "openvino", "int8", nncf_fused),
     Contender("openvino int8 (Martlet)", "openvino", "int8", martlet_int8("openvino")),
     Contender("onnxruntime fp32", "onnxruntime", "f32", onnxruntime_float),
     Contender("onnxruntime int8 (static)", "onnxruntime", "int8", onnxruntime_static),

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +106,9 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit status."""
     options = _options(argv)
-    few = {"calibration_images": 8, "calibration_images_random": 8, "test_images": 16} if options.quick else {}
-    settings = Settings(engines=options.engines, threads=cores(), minutes=options.minutes, **few)
+    settings = Settings(engines=options.engines, threads=cores(), minutes=options.minutes)
+    if options.quick:
+        settings = replace(settings, calibration_images=8, calibration_images_random=8, test_images=16)
     os.environ[SPIN] = settings.gomp_spincount  # read when torch is loaded
     try:
         subjects = [_subject(name) for name in options.models]
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error))
         return error.exit_status
     for model in document["models"]:
-        show(_headline(model, document["settings"]), _table(model), *_failures(model))
+        show(_headline(model, document["settings"]), *_tables(model), *_failures(model))
     return 0
 
 
@@ -405,30 +406,48 @@ def _headline(model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _table(model: Mapping[str, Any]) -> Table:
-    headings = ["Contender", "ms", "Over NNCF", "Over fp32", "Top-1 %", "Agreement %"]
-    rows = [_row(entry) for entry in model["entries"] if "error" not in entry]
-    return table(headings, rows, numbers=headings[1:])
-
-
-def _row(entry: Mapping[str, Any]) -> list[str]:
-    """Top-1 and agreement of each set of images, at the precision that is timed."""
+def _tables(model: Mapping[str, Any]) -> list[Table]:
+    """Speed; and accuracy, if the weights are real."""
     from martlet.report import units, verdict
 
-    tested = [found for found in entry.get("accuracy", []) if found["floating_point"] == entry["floating_point"]]
+    def faster(entry: Mapping[str, Any], key: str) -> str:
+        return verdict.interval(entry[key]) if entry[key] else ""
 
-    def each(key: str) -> str:
-        return " / ".join("failed" if "error" in found else units.pct(found[key], found["n"]) for found in tested)
-
-    nncf, fp32 = entry["speedup_over_nncf"], entry["speedup_over_fp32"]
-    return [
-        entry["name"],
-        units.number(entry["latency_ms"]["median"]),
-        verdict.interval(nncf) if nncf else "",
-        units.times(fp32["median"]) if fp32 else "",
-        each("top1_pct"),
-        each("agreement_pct"),
+    speed = [
+        [
+            entry["name"],
+            units.number(entry["latency_ms"]["median"]),
+            f"{units.number(entry['latency_ms']['p05'])}–{units.number(entry['latency_ms']['p95'])}",
+            faster(entry, "speedup_over_nncf"),
+            units.times(entry["speedup_over_fp32"]["median"]) if entry["speedup_over_fp32"] else "",
+        ]
+        for entry in model["entries"]
+        if "latency_ms" in entry
     ]
+    accuracy = [
+        [
+            f"{entry['name']}, {found['floating_point']}",
+            found["images"],
+            *(
+                [found["error"]]
+                if "error" in found
+                else [
+                    str(found["n"]),
+                    units.pct(found["top1_pct"], found["n"]),
+                    units.pct(found["agreement_pct"], found["n"]),
+                    units.number(found["logit_sqnr_db"]),
+                ]
+            ),
+        ]
+        for entry in model["entries"]
+        for found in entry.get("accuracy", [])
+    ]
+    headings = ["Contender", "ms", "5–95 %", "Over NNCF", "Over fp32"]
+    tables = [table(headings, speed, numbers=headings[1:])]
+    if accuracy:
+        headings = ["Contender", "Images", "n", "Top-1 %", "Agree %", "dB"]
+        tables.append(table(headings, accuracy, numbers=headings[2:]))
+    return tables
 
 
 def _failures(model: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ class ONNXRuntime(Engine):
 
     name: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str | None] = "onnxruntime"
-    int8: ClassVar[Int8Form] = Int8Form(attention_signed=False, add=True)
+    int8: ClassVar[Int8Form] = Int8Form(attention_signed=False, add=True, hoist=False)
     profile_source: ClassVar[str] = "ONNX Runtime profile"
 
     def version(self) -> str:
