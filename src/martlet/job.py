@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import pipeline, report, store
 from martlet.core.errors import DataError, UsageError
-from martlet.core.model import Model
+from martlet.core.model import PRECISIONS, Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
 from martlet.core.technique import Context, Progress, silent
@@ -73,6 +73,7 @@ def compress(
     store.check_free(out, overwrite)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
+    _check_precision(recipe, target)
     with clock("load"):
         source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
         facts = recipe.facts(source.facts)
@@ -100,6 +101,21 @@ def compress(
         store.write_report(folder, document)
         store.seal(folder, compressed, engine, files)
     return store.load(out)
+
+
+def _check_precision(recipe: Recipe, engine: Engine) -> None:
+    """Refuses, before any work is done, a recipe whose float precision the engine doesn't have.
+
+    Raises:
+        UsageError: says what to type.
+    """
+    asked = [technique.name for technique in recipe.passes if technique.name in PRECISIONS]
+    for precision in asked:
+        if precision not in engine.alternatives():
+            raise UsageError(
+                f"{engine.name} has no {precision} on this machine, which the recipe asks for; "
+                f"take it out, or use --recipe int8-f32"
+            )
 
 
 def _data(

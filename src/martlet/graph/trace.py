@@ -35,7 +35,8 @@ def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
         raise SourceError(
             f"torch.export can't capture this {type(module).__name__} for any batch size: {first}"
         ) from error
-    program = program.run_decompositions({aten.einsum.default: _einsum})
+    einsum = aten.einsum.default
+    program = program.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     simplify_(graph_module)
@@ -143,7 +144,3 @@ def _masks_nothing(graph_module: GraphModule, mask: Node) -> bool:
             values[node] = node.target(*args, **kwargs)
     result = values[mask]
     return isinstance(result, torch.Tensor) and bool(result.all())
-
-
-def _einsum(equation: str, operands: list[torch.Tensor], path: object = None) -> torch.Tensor:
-    return aten.einsum.default.decompose(equation, operands)

@@ -82,8 +82,9 @@ class WeightQuantizer(nn.Module):
 
     @classmethod
     def round(cls, weight: Tensor, scale: Tensor, axis: int = 0, dtype: torch.dtype = torch.int8) -> WeightQuantizer:
-        """Rounds a float weight to the nearest codes."""
-        return cls(affine.quantize(weight, scale, torch.zeros_like(scale, dtype=dtype), axis), scale, axis)
+        """Rounds a float weight to the nearest codes of a grid that mirrors: the most negative code isn't used."""
+        values = affine.quantize(weight, scale, torch.zeros_like(scale, dtype=dtype), axis)
+        return cls(values.clamp(min=-torch.iinfo(dtype).max), scale, axis)
 
     @property
     def bits(self) -> int:

@@ -67,10 +67,7 @@ class Products(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "expected", "attention"),
     [
-        pytest.param(
-            *("einsum", 3 * 3 * 64, True),
-            marks=pytest.mark.xfail(raises=RecursionError, strict=True, reason="the trace can't decompose einsum yet"),
-        ),
+        ("einsum", 3 * 3 * 64, True),
         ("bmm", 3 * 3 * 64, True),
         ("baddbmm", 3 * 3 * 64, True),
         ("attention", 2 * 3 * 3 * 64, True),
