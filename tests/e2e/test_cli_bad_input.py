@@ -2,6 +2,7 @@
 
 import pickle
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,29 @@ import safetensors.torch
 import torch
 
 FAILED, BAD_USE = 1, 2
+
+SESSIONS = """
+import gc, signal, sys
+import numpy as np
+from pathlib import Path
+from martlet import engine, load_model
+from martlet.cli.stop import Stopped, stoppable
+from martlet.core import store
+
+folder = Path(sys.argv[1])
+openvino = engine.get("openvino")
+tiny = dict(depth=1, img_size=16, patch_size=8, embed_dim=16, num_heads=1)
+store.write_model(folder, load_model("timm:vit_tiny_patch16_224", num_classes=10, model_kwargs=tiny), openvino)
+sessions = [openvino.open(folder) for _ in range(3)]
+while sessions:  # in the order in which they came
+    sessions.pop(0)(np.zeros((1, 3, 16, 16), np.float32))
+    gc.collect()
+try:
+    with stoppable():
+        signal.raise_signal(signal.SIGINT)
+except Stopped as stopped:
+    print(stopped)
+"""
 
 CODE = """
 import torch
@@ -198,3 +222,8 @@ def test_stopped_while_measuring_it_leaves_nothing(martlet, compress, tmp_path, 
     assert list(tmp_path.iterdir()) == [scratch]
     assert not list(scratch.glob("tmp*"))  # torch keeps a cache of its own there
     assert signal.getsignal(signum) is before
+
+
+def test_stopped_after_sessions_have_come_and_gone(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SESSIONS, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")

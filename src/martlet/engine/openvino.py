@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -36,7 +37,7 @@ class OpenVINO(Engine):
         return _openvino().__version__.split("-")[0]
 
     def alternatives(self) -> tuple[str, ...]:
-        capabilities = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return tuple(p for p in self.precisions if CAPABILITY[p] in capabilities)
 
     def lower(self, model: Model, folder: Path) -> list[str]:
@@ -48,7 +49,7 @@ class OpenVINO(Engine):
             path = Path(temporary) / "model.onnx"
             to_onnx(model, path)
             try:
-                ov.save_model(ov.Core().read_model(path), folder / XML, compress_to_fp16=False)
+                ov.save_model(_core().read_model(path), folder / XML, compress_to_fp16=False)
             except RuntimeError as error:
                 raise self.refuse(f"read {model.name}", error) from error
         return [XML, BIN]
@@ -56,7 +57,6 @@ class OpenVINO(Engine):
     def open(
         self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None
     ) -> OpenVINOSession:
-        ov = _openvino()
         self.check_precision(precision)
         path = file_in(folder, XML)
         file_in(folder, BIN)
@@ -65,7 +65,7 @@ class OpenVINO(Engine):
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads or cores(),
         }
-        core = ov.Core()
+        core = _core()
         try:
             model = core.read_model(path)
             model.reshape([batch, *list(model.inputs[0].get_partial_shape())[1:]])
@@ -164,6 +164,16 @@ def _openvino() -> Any:
     except ImportError as error:
         raise EngineError("openvino isn't installed; pip install openvino") from error
     return openvino
+
+
+@cache
+def _core() -> Any:
+    """The process's only Core, kept until it ends.
+
+    Each Core gives the thread a stack for signals, and puts back the one it found there when it goes. Of two that go in
+    the order in which they came, the second puts back memory that is gone, and the next Ctrl-C is a segmentation fault.
+    """
+    return _openvino().Core()
 
 
 def _times(request: ov.InferRequest, images: np.ndarray, repeats: int) -> dict[str, float]:
