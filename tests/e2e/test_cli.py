@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from martlet import evaluate, load
+from martlet.core.errors import UsageError
+from martlet.job import bench
+
 GATE_FAILED = 3
 
 
@@ -80,6 +84,13 @@ def test_eval_of_an_artifact_agrees_with_its_report(martlet, compressed, documen
     assert found["images"]["skipped"] == ["class1/21.png"]
     assert result.err == "martlet: left out 1 image that can't be read: class1/21.png\n"
     assert 0 <= found["top1_pct"] <= found["top5_pct"] <= 100
+    assert evaluate(load(compressed[1]), images) == found
+    assert evaluate(compressed[1], images / "class0")["top1_pct"] is None
+
+
+def test_there_must_be_something_to_time():
+    with pytest.raises(UsageError, match="name at least one"):
+        bench([])
 
 
 def test_eval_of_a_model_is_the_same_on_every_engine(martlet, tiny, images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -17,12 +18,10 @@ from martlet.cli import eval as evaluation
 from martlet.cli import list as listing
 from martlet.cli.options import expanded
 from martlet.cli.stop import Stopped, stoppable
-from martlet.cli.terminal import one_line
+from martlet.cli.terminal import DEBUG, one_line
 from martlet.core.errors import MartletError
 
 __all__ = ["app", "main"]
-
-DEBUG = "MARTLET_DEBUG"
 
 app = typer.Typer(
     name="martlet",
@@ -72,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: without the program's name; None takes it from the process.
     """
     argv = sys.argv[1:] if argv is None else [*argv]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there is no × or →, better a ? than no table
     try:
         with stoppable():
             command = shlex.join(["martlet", *argv])

@@ -36,8 +36,8 @@ Seed = Annotated[int, Option(min=0, metavar="N", help="Of samples, of random wei
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the artifact that is at --out.")]
 
 
-def _option(panel: str, metavar: str, text: str, *names: str) -> Any:
-    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, metavar: str, text: str) -> Any:
+    return Option(metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

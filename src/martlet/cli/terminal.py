@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from martlet.core.technique import Progress
 
+DEBUG = "MARTLET_DEBUG"
+"""Set in the environment, it shows tracebacks and what libraries say."""
 REDRAW_SECONDS = 0.1
 
 
@@ -36,8 +38,8 @@ def show(*renderables: RenderableType) -> None:
 
 
 def emit(document: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Prints a document as JSON."""
-    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    """Prints a document as JSON, in ASCII, which every pipe and every file name survives."""
+    print(json.dumps(document, indent=1, allow_nan=False))
 
 
 def note(message: str) -> None:
@@ -135,11 +137,11 @@ def _bar(what: str) -> Iterator[Progress]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What libraries warn, log or print isn't the user's business; MARTLET_DEBUG lets it through, to standard error."""
+    """What libraries warn, log or print isn't the user's business; DEBUG lets it through, to standard error."""
     # Hugging Face reads these when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    level, debug = logging.root.manager.disable, "MARTLET_DEBUG" in os.environ
+    level, debug = logging.root.manager.disable, DEBUG in os.environ
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         if not debug:
             warnings.simplefilter("ignore")

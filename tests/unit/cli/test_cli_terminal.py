@@ -43,9 +43,9 @@ def test_a_long_path_is_not_broken(capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
-def test_json_has_no_nan(capsys):
-    terminal.emit({"é": 1.5})
-    assert capsys.readouterr().out == '{\n "é": 1.5\n}\n'
+def test_json_survives_any_file_name_and_has_no_nan(capsys):
+    terminal.emit({"é\udcff": 1.5})
+    assert capsys.readouterr().out == '{\n "\\u00e9\\udcff": 1.5\n}\n'
     with pytest.raises(ValueError, match="JSON compliant"):
         terminal.emit({"latency_ms": float("nan")})
 

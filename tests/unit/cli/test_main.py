@@ -92,3 +92,10 @@ def test_a_reader_that_leaves_early_is_no_error():
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_terminal_of_few_letters_gets_the_table_too():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*RUN, "list", "recipes"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"int8-f32" in done.stdout
