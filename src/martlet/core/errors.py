@@ -45,5 +45,5 @@ class ArtifactError(MartletError):
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`'; did you mean a, b?'` for the closest known names, or the empty string."""
-    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""

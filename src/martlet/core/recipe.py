@@ -88,12 +88,14 @@ class Recipe:
         """Reads a recipe; refuses what it doesn't know.
 
         Raises:
-            RecipeError: not YAML, another format, an unknown key or technique, a bad value.
+            RecipeError: not YAML, another format, a key that stands twice, an unknown key or technique, a bad value.
         """
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            data = yaml.load(text, _StrictLoader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that can't be
             raise RecipeError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where} must be a mapping with the keys martlet and passes")
         for key in data:
@@ -120,6 +122,8 @@ class Recipe:
                 return cls.from_yaml(Path(spec).read_text(encoding="utf-8"), spec)
             except OSError as error:
                 raise RecipeError(f"can't read the recipe {spec}: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise RecipeError(f"the recipe {spec} is no text in UTF-8") from None
         recipe, names = cls(), [part.strip() for part in spec.split("|")]
         for name in names:
             if name in shipped() and not (len(names) > 1 and name in registry.entries()):
@@ -140,6 +144,20 @@ def shipped() -> tuple[str, ...]:
 def join(recipes: Iterable[Recipe]) -> Recipe:
     """All passes, in order."""
     return Recipe(tuple(technique for recipe in recipes for technique in recipe.passes))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's own types only, and no key that stands twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise RecipeError(f"the key {key.value!r} stands twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _pass(item: Any, where: str) -> Technique:

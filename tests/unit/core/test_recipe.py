@@ -151,6 +151,12 @@ def test_a_fact_that_the_model_lacks():
         ("martlet: 1\npasses: [int8: {smooth: 1}]", "r: passes[0]: int8.smooth takes a bool, not 1 (int)"),
         ("martlet: 1\npasses: [int8: {ranges: max}]", "r: passes[0]: int8: ranges is 'max'; it can be "),
         ("martlet: [1", "r is not YAML: "),
+        ("martlet: 2001-99-99", "r is not YAML: month must be"),
+        ("martlet: 1\npasses: [fuse]\npasses: [int8]", "r: the key 'passes' stands twice, in lines 2 and 3"),
+        (
+            "martlet: 1\npasses:\n- int8:\n    smooth: true\n    split: true\n    smooth: false",
+            "r: the key 'smooth' stands twice, in lines 4 and 6",
+        ),
         ("!!python/object/apply:os.getcwd []", "r is not YAML: could not determine a constructor"),
     ],
 )
@@ -170,6 +176,18 @@ def test_a_file(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(RecipeError, match=r"can't read the recipe .*gone\.yaml: No such file or directory"):
         Recipe.load(str(tmp_path / "gone.yaml"))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"the recipe .*binary\.yaml is no text in UTF-8"):
+        Recipe.load(str(tmp_path / "binary.yaml"))
+
+
+def test_a_name_is_suggested_once():
+    with pytest.raises(RecipeError) as error:
+        Recipe.load("int9")  # `int8` is a recipe and a technique
+    assert "did you mean int8, int8-f32" in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "near"), [("int88", "int8"), ("bf15", "bf16"), ("fuse | fus", "fuse")])
