@@ -22,14 +22,15 @@ class Split:
 def split_counts(
     low: Float[Tensor, " c"], high: Float[Tensor, " c"], importance: Float[Tensor, " c"], extra: Sequence[int]
 ) -> Split:
-    """The split with the least expected rounding error on one grid, adding exactly one of `extra` channels.
+    """Splits the channel that reaches furthest again and again, until exactly one of `extra` channels is added.
 
-    A channel in n parts spans 1/n of its range. Rounding one part errs by step² / 12, and n parts, which all err alike,
-    by n² times that. The step is the span of the widest part over 255. importance weights each channel's squared error.
+    Of these and no split, the one with the least expected rounding error on one grid. A channel in n parts spans 1/n of
+    its range. Rounding one part errs by step² / 12, and n parts, which all err alike, by n² times that. The step is the
+    span of all parts and zero over 255. importance weights each channel's squared error.
     """
 
     def error(counts: Tensor) -> float:
-        span = float((high / counts).amax() - (low / counts).amin())
+        span = float((high / counts).amax().clamp(min=0) - (low / counts).amin().clamp(max=0))
         return span**2 * float((importance * counts.double().square()).sum())
 
     ones = torch.ones(len(low), dtype=torch.long)
