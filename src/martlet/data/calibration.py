@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from martlet.core.errors import DataError
+from martlet.core.technique import Progress, silent
 from martlet.data.batches import in_batches
 from martlet.data.images import Images
 from martlet.data.preprocess import Preprocess
@@ -23,11 +24,18 @@ class Calibration:
     else in their order; float32 (B, 3, H, W), the last batch perhaps smaller.
 
     Raises:
-        DataError: n or batch_size is not positive, or too many images are unreadable.
+        DataError: n or batch_size is not positive, or too many images are unreadable, or all.
     """
 
     def __init__(
-        self, images: Images, preprocess: Preprocess, *, n: int = 128, batch_size: int = 8, seed: int = 0
+        self,
+        images: Images,
+        preprocess: Preprocess,
+        *,
+        n: int = 128,
+        batch_size: int = 8,
+        seed: int = 0,
+        progress: Progress = silent,
     ) -> None:
         if n < 1 or batch_size < 1:
             raise DataError(f"calibration needs at least one image and a batch of one, not {n} and {batch_size}")
@@ -42,6 +50,9 @@ class Calibration:
             if held is not None:
                 held[self.num_images] = crop
             self.num_images += 1
+            progress("decode calibration images", self.num_images, len(self.images))
+        if not self.num_images:
+            raise DataError(f"{images.source} has no image that can be read")
         if held is not None:
             self._held = held[np.random.default_rng(seed).permutation(self.num_images)]
 

@@ -21,7 +21,7 @@ from martlet.core.errors import DataError
 T = TypeVar("T")
 
 MAX_SKIPPED_RATIO = 0.05
-"""More unreadable images than this, and the data is damaged rather than blemished."""
+"""More unreadable images than this, and more than one, and the data is damaged rather than blemished."""
 CLASS_MAP_HINT = "give a class map: a JSON or text file that says which class of the model each name is"
 
 
@@ -116,7 +116,7 @@ class Images:
 
     def __iter__(self) -> Iterator[Sample]:
         """Raises:
-        DataError: more than MAX_SKIPPED_RATIO are unreadable, or a label doesn't fit the model.
+        DataError: more than MAX_SKIPPED_RATIO and more than one are unreadable, or a label doesn't fit the model.
         """
         for record, image in self.map(lambda image: image):
             yield Sample(image, record.label, record.name)
@@ -193,7 +193,7 @@ class Images:
     def _skip(self, name: str, skipped: int, error: UnreadableError) -> None:
         if name not in self.skipped:
             self.skipped.append(name)
-        if skipped > MAX_SKIPPED_RATIO * len(self):
+        if skipped > max(MAX_SKIPPED_RATIO * len(self), 1):
             names = ", ".join(self.skipped[:3]) + (", …" if len(self.skipped) > 3 else "")
             raise DataError(
                 f"more than {MAX_SKIPPED_RATIO:.0%} of {self.source} can't be read: {skipped} of {len(self)} images so "

@@ -71,3 +71,15 @@ def test_unreadable_images_do_not_count(tmp_path):
 def test_nothing_to_draw_is_refused():
     with pytest.raises(DataError, match="at least one image"):
         Calibration(open_images(gray([1])), PREPROCESS, n=0)
+
+
+def test_one_image_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(DataError, match="has no image that can be read"):
+        Calibration(open_images(tmp_path), PREPROCESS)
+
+
+def test_says_how_far_it_is():
+    said = []
+    Calibration(open_images(gray(range(4))), PREPROCESS, n=3, progress=lambda *at: said.append(at))
+    assert said == [("decode calibration images", i, 3) for i in (1, 2, 3)]

@@ -284,6 +284,17 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path):
     assert images.skipped == ["007.png", "031.png"]
 
 
+def test_one_unreadable_image_never_stops_but_two_of_a_few_do(tmp_path):
+    images = open_images(write_folder(tmp_path / "images")).sample(16)
+    names = [sample.name for sample in images]
+    (tmp_path / "images" / names[3]).write_bytes(b"")
+    assert len(list(images)) == 15
+    assert images.skipped == [names[3]]
+    (tmp_path / "images" / names[7]).write_bytes(b"")
+    with pytest.raises(DataError, match=r"more than 5% of .* can't be read: 2 of 16 images"):
+        list(images)
+
+
 def test_too_many_unreadable_images_stop(tmp_path):
     folder = write_folder(tmp_path / "images")
     for i in (3, 4, 5):
