@@ -141,11 +141,6 @@ class Preprocess:
         return {"resize": h} if h == w else {"resize": (h, w), "fit": "cover"}
 
 
-def shorter_side(size: tuple[int, int], crop_pct: float) -> int:
-    """The side to resize to, in pixels, so that the crop keeps `crop_pct` of it (timm's rule)."""
-    return math.floor(min(size) / crop_pct)
-
-
 def _crop_center(image: Image.Image, size: tuple[int, int], fill: tuple[int, ...]) -> Image.Image:
     """Crops, or pads where the image is smaller, as torchvision's center crop does."""
     h, w = size

@@ -7,6 +7,7 @@ imported, and a new family is one new file here, listed nowhere else.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,7 +18,8 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from martlet.core.errors import SourceError, nearest
-from martlet.data.preprocess import Preprocess, shorter_side
+from martlet.data.preprocess import Preprocess
+from martlet.source.timm import preprocess as timm_preprocess
 
 __all__ = ["class_names", "create", "names", "preprocess", "weights"]
 
@@ -53,15 +55,7 @@ def preprocess(name: str) -> Preprocess:
     Raises:
         SourceError: no such model.
     """
-    cfg = _cfg(name)
-    _, h, w = cfg.input_size
-    return Preprocess(
-        size=(h, w),
-        resize=shorter_side((h, w), cfg.crop_pct),
-        interpolation=cfg.interpolation,
-        mean=_rgb(cfg.mean),
-        std=_rgb(cfg.std),
-    )
+    return timm_preprocess(asdict(_cfg(name)))
 
 
 def weights(name: str) -> Path | None:
@@ -90,8 +84,3 @@ def _cfg(name: str) -> PretrainedCfg:
     if cfg is None:
         raise TypeError(f"{name} has no entry in its family's default_cfgs")  # a defect of the package
     return cfg
-
-
-def _rgb(values: tuple[float, ...]) -> tuple[float, float, float]:
-    r, g, b = values
-    return r, g, b

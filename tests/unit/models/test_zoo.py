@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg
 from martlet import models
 from martlet.core.errors import SourceError
 from martlet.data.embedded import open_digits
+from martlet.source.timm import preprocess as timm_preprocess
 
 MAX_FILE_BYTES = 8_000_000
 MIN_TOP1_PCT = 97.0  # half a point under the card's 97.5
@@ -43,6 +44,7 @@ def test_every_model_runs_at_its_own_size_and_preprocessing(name):
         logits = model(torch.zeros(2, 3, *preprocess.size))
     assert logits.shape == (2, model.num_classes)
     assert preprocess.mean == tuple(model.pretrained_cfg["mean"])
+    assert preprocess == timm_preprocess(timm.data.resolve_model_data_config(model))
     if (labels := models.class_names(name)) is not None:
         assert len(labels) == model.num_classes
 
