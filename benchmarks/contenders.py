@@ -170,15 +170,20 @@ def onnxruntime_static(case: Case, folder: Path) -> Ready:
 
 
 def martlet_int8(engine_name: str) -> Callable[[Case, Path], Ready]:
-    """The shipped recipe: `int8` where the engine computes in bf16 on this machine, else `int8-f32`."""
+    """The shipped recipe `int8`, in the form and the float precision that the engine computes fast in."""
 
     def prepare(case: Case, folder: Path) -> Ready:
         from martlet.graph.bits import bit_map
 
         engine = engines.get(engine_name)
-        name = "int8" if "bf16" in engine.alternatives() else "int8-f32"
-        recipe = Recipe.load(name)
-        context = Context(images=case.calibration, seed=case.seed, int8=engine.int8, progress=case.progress)
+        recipe = Recipe.load("int8")
+        context = Context(
+            images=case.calibration,
+            seed=case.seed,
+            int8=engine.int8,
+            precisions=engine.alternatives(),
+            progress=case.progress,
+        )
         compressed = pipeline.run(case.model, recipe, context)
         files = engine.lower(compressed, folder)
         return Ready(
@@ -187,7 +192,7 @@ def martlet_int8(engine_name: str) -> Callable[[Case, Path], Ready]:
             precision=compressed.precision,
             also=() if compressed.precision == "f32" else ("f32",),
             files=tuple(folder / file for file in files),
-            settings={"recipe": name, "digest": recipe.digest()},
+            settings={"recipe": "int8", "digest": recipe.digest()},
         )
 
     return prepare

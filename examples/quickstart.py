@@ -21,7 +21,7 @@ def main(out: Path = Path("runs/quickstart")) -> int:
         "martlet:digit_vit",
         images="martlet:digits",
         calib="martlet:digits-train",
-        recipe="int8-f32",
+        recipe="int8",
         out=out,
         overwrite=True,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import pipeline, report, store
 from martlet.core.errors import DataError, UsageError
-from martlet.core.model import PRECISIONS, Model
+from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
 from martlet.core.technique import Context, Progress, silent
@@ -73,13 +73,16 @@ def compress(
     store.check_free(out, overwrite)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
-    _check_precision(recipe, target)
+    context = Context(seed=seed, int8=target.int8, precisions=target.alternatives(), progress=progress)
+    for technique in recipe.passes:
+        technique.check_engine(context)
     with clock("load"):
         source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
         facts = recipe.facts(source.facts)
-        test, batches, calibration = _data(images, calib, num_calib if recipe.needs_images else 0, source, seed)
+        num_calib = num_calib if recipe.needs_images else 0
+        test, calibration = _data(images, calib, num_calib, source, seed, progress)
+        context.images = calibration
     with clock("compress"):
-        context = Context(images=batches, seed=seed, int8=target.int8, progress=progress)
         compressed = pipeline.run(source, recipe, context)
         assert compressed.facts == facts
     with store.writing(out, overwrite) as folder, tempfile.TemporaryDirectory() as plain:
@@ -93,7 +96,7 @@ def compress(
         document["recipe"] = describe_recipe(compressed)
         document["data"] = {
             "images": describe_images(test, document["fidelity"]["n_images"], None),
-            "calibration": calibration,
+            "calibration": calibration and describe_images(calibration.images, calibration.num_images, seed),
         }
         document["gate"] = gate(document, max_drop)
         document["command"] = command
@@ -103,25 +106,10 @@ def compress(
     return store.load(out)
 
 
-def _check_precision(recipe: Recipe, engine: Engine) -> None:
-    """Refuses, before any work is done, a recipe whose float precision the engine doesn't have.
-
-    Raises:
-        UsageError: says what to type.
-    """
-    asked = [technique.name for technique in recipe.passes if technique.name in PRECISIONS]
-    for precision in asked:
-        if precision not in engine.alternatives():
-            raise UsageError(
-                f"{engine.name} has no {precision} on this machine, which the recipe asks for; "
-                f"take it out, or use --recipe int8-f32"
-            )
-
-
 def _data(
-    images: Any, calib: Any, num_calib: int, model: Model, seed: int
-) -> tuple[Images, Calibration | None, dict[str, Any] | None]:
-    """Test images, calibration batches if any are needed, and what the report says of the latter."""
+    images: Any, calib: Any, num_calib: int, model: Model, seed: int, progress: Progress
+) -> tuple[Images, Calibration | None]:
+    """Test images, and calibration batches if any are needed."""
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
 
@@ -131,7 +119,7 @@ def _data(
     if test.labelled:
         test.check_labels(model.num_classes)
     if num_calib == 0:
-        return test, None, None
+        return test, None
     if calib is not None:
         pool = open_images(calib)
     else:
@@ -141,8 +129,7 @@ def _data(
                 f"others; give --calib, or a smaller --num-calib"
             )
         pool, test = test.split(num_calib, seed)
-    batches = Calibration(pool, model.preprocess, n=num_calib, seed=seed)
-    return test, batches, describe_images(pool, batches.num_images, seed)
+    return test, Calibration(pool, model.preprocess, n=num_calib, seed=seed, progress=progress)
 
 
 def evaluate(

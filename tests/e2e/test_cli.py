@@ -188,4 +188,5 @@ def test_the_demo_needs_no_arguments_but_a_place(martlet, tmp_path):
     assert document["model"]["name"] == "martlet:digit_vit"
     assert document["data"]["images"]["source"] == "martlet:digits"
     assert document["artifact"]["top1_pct"] > 95
+    assert [step["name"] for step in document["recipe"]["steps"]] == ["fuse", "int8", "bf16"]
     assert document["command"] == f"martlet demo --out {tmp_path / 'digits'} --json"

@@ -78,7 +78,8 @@ def run(job: Callable[[Progress], Artifact], json: bool) -> int:
     with working("load the model") as progress:
         artifact = job(progress)
     document = artifact.report
-    note_skipped(document["data"]["images"]["skipped"])
+    for images in filter(None, document["data"].values()):
+        note_skipped(images["skipped"])
     if json:
         emit(document)
     else:

@@ -28,16 +28,12 @@ def demo(
     """
 
     def job(progress: Progress) -> Artifact:
-        from martlet import engine
         from martlet.job import compress
 
-        target = engine.get("openvino")
         return compress(
             "martlet:digit_vit",
             images="martlet:digits",
             calib="martlet:digits-train",
-            recipe="int8" if "bf16" in target.alternatives() else "int8-f32",
-            engine=target.name,
             out=out,
             overwrite=overwrite,
             threads=threads,

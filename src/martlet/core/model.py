@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from martlet.core.facts import ALL_FACTS, Fact
-from martlet.core.technique import Stage, Technique
+from martlet.core.technique import PRECISIONS, Stage, Technique
 
 if TYPE_CHECKING:
     from torch import nn
 
     from martlet.data.preprocess import Preprocess
 
-PRECISIONS = ("f32", "bf16", "f16")
+__all__ = ["PRECISIONS", "Model", "Step"]
 
 
 @dataclass(kw_only=True)

@@ -176,13 +176,21 @@ def environment(
     }
 
 
-def _cpu_name() -> str:
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them (`avx512_bf16`); empty where the system doesn't tell."""
+    return frozenset(_cpu_fields().get("flags", "").split())
+
+
+def _cpu_fields() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if not info.exists():
-        return platform.processor() or platform.machine()
-    lines = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
-    fields = {key.strip(): value.strip() for key, _, value in lines}
-    name, flags = fields.get("model name", platform.machine()), fields.get("flags", "").split()
+        return {}
+    lines = (line.partition(":") for line in info.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def _cpu_name() -> str:
+    name, flags = _cpu_fields().get("model name", platform.processor() or platform.machine()), cpu_flags()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return " ".join([name, *(flag for flag in wanted if flag in flags)])
 

@@ -40,6 +40,10 @@ class Stage(StrEnum):
         )
 
 
+PRECISIONS = ("f32", "bf16", "f16")
+"""What floating-point parts can be computed in."""
+
+
 class Batches(Protocol):
     """Calibration images: seeded, preprocessed, and iterable again and again in bounded memory."""
 
@@ -78,11 +82,15 @@ class Int8Form:
 
 @dataclass(kw_only=True)
 class Context:
-    """What a technique may use besides the model: images, a seed, the engine's wishes, a place to report progress."""
+    """What a technique may use besides the model: images, a seed, the engine's wishes, a place to report progress.
+
+    precisions: those of PRECISIONS that the engine computes fast in on this machine; all, if no engine is meant.
+    """
 
     images: Batches | None = None
     seed: int = 0
     int8: Int8Form = dataclasses.field(default_factory=Int8Form)
+    precisions: tuple[str, ...] = PRECISIONS
     progress: Progress = silent
 
     def calibration(self, technique: Technique) -> Batches:
@@ -126,6 +134,9 @@ class Technique(ABC):
         from martlet.core.recipe import Recipe
 
         return Recipe((self,)) | other
+
+    def check_engine(self, context: Context) -> None:  # noqa: B027 - most techniques have nothing to check
+        """Raises a MartletError, before a model is loaded, if the engine can't take this technique."""
 
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""

@@ -80,7 +80,7 @@ class Engine(ABC):
         """
 
     def alternatives(self) -> tuple[str, ...]:
-        """Those of `precisions` that this machine has."""
+        """Those of `precisions` that this machine has instructions for."""
         return self.precisions
 
     @abstractmethod

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from martlet.core.errors import EngineError
+from martlet.core.report import cpu_flags
 from martlet.engine.base import Engine, Op, Session, check_images, cores, file_in
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class OpenVINO(Engine):
         return _openvino().__version__.split("-")[0]
 
     def alternatives(self) -> tuple[str, ...]:
-        capabilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return tuple(p for p in self.precisions if CAPABILITY[p] in capabilities)
+        capabilities, flags = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), cpu_flags()
+        # OpenVINO lists BF16 for every processor with AVX-512, and emulates it where there are no such instructions.
+        emulated = {"bf16"} if "avx512f" in flags and "avx512_bf16" not in flags else set()
+        return tuple(p for p in self.precisions if CAPABILITY[p] in capabilities and p not in emulated)
 
     def lower(self, model: Model, folder: Path) -> list[str]:
         from martlet.engine.onnx import to_onnx

@@ -41,6 +41,7 @@ def summary(document: Document) -> RenderableType:
     return Group(
         _text(document["model"]["name"], "bold"),
         _text(f"{document['recipe']['text']}, {verdict.place(document)}", "dim"),
+        _text(verdict.floats(document), "dim"),
         table,
         *alternatives,
         _text(_fidelity(document)),

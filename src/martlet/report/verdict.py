@@ -87,6 +87,15 @@ def place(document: Document) -> str:
     return f"on {title(engine['name'])}{suffix}"
 
 
+def floats(document: Document) -> str:
+    """What the artifact's floating-point parts run in, and why, where the recipe would have had it otherwise."""
+    ran, engine = document["artifact"]["precision"], title(document["engine"]["name"])
+    names = [step["name"] for step in document["recipe"]["steps"] if step["record"].get("precision") == ran]
+    missed = [name for name in names if name != ran]
+    why = f": {engine} has no fast {' or '.join(missed)} on this machine" if missed else ""
+    return f"Floating-point parts run in {ran}{why}"
+
+
 def rows(document: Document) -> list[Row]:
     """Every field of the two sides, with its unit and what changed; a simulated artifact claims no speed or size."""
     before, after = document["baseline"], document["artifact"]

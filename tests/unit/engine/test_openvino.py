@@ -97,6 +97,15 @@ def test_a_precision_that_the_machine_lacks_is_refused(tmp_path, monkeypatch):
         OpenVINO().open(tmp_path, precision="bf16")
 
 
+def test_bf16_that_is_emulated_is_no_alternative(monkeypatch):
+    flags = frozenset({"avx2", "avx512f", "avx512_vnni"})  # Cascade Lake, for which OpenVINO lists BF16
+    monkeypatch.setattr("martlet.engine.openvino.cpu_flags", lambda: flags)
+    assert "bf16" not in OpenVINO().alternatives()
+    listed = OpenVINO.alternatives(OpenVINO())
+    monkeypatch.setattr("martlet.engine.openvino.cpu_flags", lambda: flags | {"avx512_bf16"})
+    assert set(OpenVINO().alternatives()) - set(listed) <= {"bf16"}
+
+
 def test_profiling_leaves_the_session_uncounted(vit, lowered, images):
     session = OpenVINO().open(lowered(vit, "openvino"), batch=3)
     assert isinstance(session, OpenVINOSession)

@@ -23,6 +23,7 @@ def test_fits_80_columns_and_cuts_nothing(make: sample.Callable[[], Document]) -
 
 
 def test_ends_with_the_gate() -> None:
+    assert "Floating-point parts run in f32" in printed(sample.document())
     assert "Gate passed: 2.1× faster, 3.9× smaller" in printed(sample.document())
     assert "The gate failed: 1.3× slower than the baseline" in printed(sample.failed())
     assert "Gate" not in printed(sample.failed())

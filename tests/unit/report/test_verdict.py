@@ -60,6 +60,16 @@ def test_one_thread_is_singular_and_an_unknown_engine_keeps_its_name() -> None:
     assert verdict.place(document) == "on tensorrt, 1 thread"
 
 
+def test_in_what_floats_run_and_why() -> None:
+    document = sample.document()
+    assert verdict.floats(document) == "Floating-point parts run in f32"
+    step = {**document["recipe"]["steps"][0], "name": "bf16", "record": {"precision": "f32"}}
+    document["recipe"]["steps"].append(step)
+    assert verdict.floats(document) == "Floating-point parts run in f32: OpenVINO has no fast bf16 on this machine"
+    document["artifact"]["precision"] = step["record"]["precision"] = "bf16"
+    assert verdict.floats(document) == "Floating-point parts run in bf16"
+
+
 @pytest.mark.parametrize("make", [sample.bare, sample.unlabelled])
 def test_what_was_not_measured_is_no_number(make: sample.Callable[[], Document]) -> None:
     rows = {row.name: row for row in verdict.rows(make())}
