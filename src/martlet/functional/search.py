@@ -1,0 +1,216 @@
+"""Which grid to round a tensor to, judged by what the rounding does.
+
+An error is a function of the rounded tensor: `squared_error` of the tensor itself, or `linear_error` of the layer that
+reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from martlet.functional.logarithmic import ADALOG_DENOMINATOR, LogarithmicGrid, check_bits
+
+RoundingError = Callable[[Tensor], float]
+NUMERATORS = range(10, 139)  # AdaLog's bases, from 2^(10/37) to 2^(138/37)
+
+
+class ValueGrid(Protocol):
+    """A grid with all its parameters, as those in `logarithmic` and `twin`."""
+
+    def quantize(self, x: Tensor) -> UInt8[Tensor, "*s"]: ...
+
+    def dequantize(self, codes: UInt8[Tensor, "*s"]) -> Tensor: ...
+
+
+G = TypeVar("G", bound=ValueGrid)
+
+
+def squared_error(x: Tensor) -> RoundingError:
+    """Mean squared difference from x."""
+    return lambda rounded: float((rounded - x).square().mean())
+
+
+def linear_error(
+    rows: Float[Tensor, "r i"], weight: Float[Tensor, "o i"], gradient: Float[Tensor, "r o"] | None = None
+) -> RoundingError:
+    """Mean squared difference of the outputs of a linear layer that gets rounded rows, each weighted by gradient².
+
+    The gradient is the loss's with respect to the outputs. Source: Yuan et al., PTQ4ViT, 2022, arXiv 2111.12293,
+    section 3.3: the difference's square in the Hessian, of which the diagonal is taken, as the gradient squared.
+    """
+
+    def error(rounded: Tensor) -> float:
+        difference = (rounded - rows) @ weight.T  # (r, o)
+        return float((difference if gradient is None else difference * gradient).square().mean())
+
+    return error
+
+
+def best_grid(error: RoundingError, x: Tensor, grids: Iterable[G]) -> G:
+    """The grid that rounds x with the least error; of equal ones the first.
+
+    Over exponents of a twin grid this is PTQ4ViT's search, section 3.3.
+
+    Raises:
+        ValueError: there is no grid to choose from, or every error is NaN.
+    """
+    best, least = None, float("inf")
+    for grid in grids:
+        if (found := error(grid.dequantize(grid.quantize(x)).to(x.dtype))) < least:
+            best, least = grid, found
+    if best is None:
+        raise ValueError("no grid to choose from, or an error that is NaN")
+    return best
+
+
+def progressive_search(
+    error: Callable[[float, int], float],
+    pairs: Iterable[tuple[float, int]],
+    spacing: float,
+    width: int = 16,
+    splits: int = 8,
+    steps: int = 6,
+) -> tuple[float, int]:
+    """The pair of a number and an integer with the least error, searched from coarse to fine.
+
+    All `pairs` are tried, which lie `spacing` apart in their first number; the `width` best are split into `splits` new
+    ones each, that spread evenly over `spacing` around them; and so on, `steps` rounds in all, in which the spacing
+    shrinks by `splits`. Errors are asked for len(pairs) + (steps - 1) · width · splits times.
+
+    Source: Wu et al., AdaLog, 2024, arXiv 2407.12951, section 3.4 and algorithm 1 (FPCS); the defaults are the official
+    code's. Differs: that code's new ones reach the ends of the interval, so that neighbours share them, and takes the
+    best of the last round; here they tile it, and the best of all rounds is kept.
+
+    Raises:
+        ValueError: no pair, a spacing that isn't positive, or a count below 1.
+    """
+    if not spacing > 0 or min(width, splits, steps) < 1:
+        raise ValueError(f"spacing {spacing}, width {width}, splits {splits}, steps {steps}; all have to be positive")
+    scored = sorted((error(first, second), first, second) for first, second in pairs)
+    if not scored:
+        raise ValueError("no pair to search from")
+    best = scored[0]
+    for _ in range(steps - 1):
+        offsets = [((i + 0.5) / splits - 0.5) * spacing for i in range(splits)]
+        nearby = [(first + offset, second) for _, first, second in scored[:width] for offset in offsets]
+        scored = sorted((error(first, second), first, second) for first, second in nearby)
+        best = min(best, scored[0])
+        spacing /= splits
+    return best[1], best[2]
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """Codes clamp(round(x / scale) + zero_point, 0, 2^bits - 1), for values of any shape.
+
+    Raises:
+        ValueError: bits not from 2 to 8, a scale that isn't positive, a zero point that isn't a code.
+    """
+
+    bits: int
+    scale: float
+    zero_point: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if not self.scale > 0 or not 0 <= self.zero_point < 2**self.bits:
+            raise ValueError(f"scale {self.scale}, zero point {self.zero_point} for {self.bits} bits")
+
+    def quantize(self, x: Tensor) -> UInt8[Tensor, "*s"]:
+        return (torch.round(x / self.scale) + self.zero_point).clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def dequantize(self, codes: UInt8[Tensor, "*s"], dtype: torch.dtype = torch.float32) -> Tensor:
+        return (codes.to(dtype) - self.zero_point) * self.scale
+
+
+def search_affine(
+    error: RoundingError, x: Tensor, bits: int, keep: float = 0.9, width: int = 16, splits: int = 8, steps: int = 6
+) -> AffineGrid:
+    """Scale and zero point with the least error of x, by progressive search.
+
+    Starts from 8 scales, over ranges from between the quantiles 1 - keep and keep of x to all of it, each with up to 16
+    zero points around the one that min and max give. Source: AdaLog, section 3.4. Differs: its code takes the zero
+    points around 2^(bits - 1), which at more than 4 bits leaves one-sided tensors out.
+
+    Raises:
+        ValueError: bits not from 2 to 8, keep not in (0.5, 1), or x has only one value.
+    """
+    check_bits(bits)
+    narrow, (low, high) = _span(x, keep), (float(v) for v in torch.aminmax(x))
+    if not high > low:
+        raise ValueError("a tensor with one value has no range to search")
+    last = 2**bits - 1
+    narrow = min(max(narrow, (high - low) / last), high - low)  # a peak's quantiles may coincide
+    scales = [(narrow + (high - low - narrow) * i / 7) / last for i in range(8)]
+    middle = min(max(round(-low / (high - low) * last), 0), last)
+    zeros = range(max(middle - 8, 0), min(middle + 8, last + 1))
+    dtype = x.dtype
+
+    def of(scale: float, zero: int) -> float:
+        if not scale > 0:
+            return float("inf")
+        grid = AffineGrid(bits, scale, zero)
+        return error(grid.dequantize(grid.quantize(x), dtype))
+
+    spacing = (scales[-1] - scales[0]) / 7 or scales[-1] / 7
+    scale, zero = progressive_search(of, [(s, z) for z in zeros for s in scales], spacing, width, splits, steps)
+    return AffineGrid(bits, scale, zero)
+
+
+def search_logarithmic(
+    error: RoundingError,
+    x: Tensor,
+    bits: int,
+    scale: float | None = None,
+    shift: float = 0.0,
+    zero: bool = False,
+    keep: float = 0.9,
+    numerators: Iterable[int] = NUMERATORS,
+) -> LogarithmicGrid:
+    """AdaLog's grid, in its integer form, with the least error of x: its base and, unless given, its scale.
+
+    A softmax has scale 1. Otherwise the 8 best bases for the full range are combined with 16 scales, from the quantile
+    `keep` of the positive values to the greatest, and searched progressively, 32 kept and split into 4 each time.
+    Source: AdaLog, section 3.4; the numbers are the official code's.
+
+    Raises:
+        ValueError: bits not from 2 to 8, keep not in (0.5, 1), no numerator, or x + shift is nowhere positive.
+    """
+
+    def grid(scale: float, numerator: int) -> LogarithmicGrid:
+        number = torch.tensor(scale, dtype=x.dtype, device=x.device)
+        return LogarithmicGrid(bits, number, numerator, ADALOG_DENOMINATOR, zero, shift, rounded=True)
+
+    def of(scale: float, numerator: int) -> float:
+        if not scale > 0:
+            return float("inf")
+        its = grid(scale, numerator)
+        return error(its.dequantize(its.quantize(x)))
+
+    full = float(x.max()) + shift if scale is None else scale
+    ranked = sorted((of(full, numerator), numerator) for numerator in numerators)
+    if not ranked or not full > 0:
+        raise ValueError("no base to choose from, or no value above 0")
+    if scale is not None:
+        return grid(scale, ranked[0][1])
+    least = _quantile(x[x > 0], keep) + shift if bool((x > 0).any()) else full / 2
+    scales = [least + (full - least) * i / 15 for i in range(16)]
+    pairs = [(s, numerator) for _, numerator in ranked[:8] for s in scales]
+    return grid(*progressive_search(of, pairs, (full - least) / 15 or full / 15, width=32, splits=4))
+
+
+def _quantile(x: Tensor, part: float) -> float:
+    """The value that `part` of x's are at or below; of any number of values, unlike torch.quantile."""
+    if not 0.5 < part < 1:
+        raise ValueError(f"quantile {part}; it has to be between 0.5 and 1")
+    return float(x.flatten().kthvalue(max(1, round(part * x.numel()))).values)
+
+
+def _span(x: Tensor, part: float) -> float:
+    return _quantile(x, part) + _quantile(-x, part)
