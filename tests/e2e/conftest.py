@@ -1,7 +1,8 @@
 """Whole journeys run the command line in this process, so that heavy libraries are imported once."""
 
+import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from martlet.cli import main
+from martlet.measure import latency
 
 TINY = "depth=2,img_size=32,patch_size=8,embed_dim=48,num_heads=3"
 
@@ -19,6 +21,15 @@ class Result(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief() -> Iterator[None]:
+    """Everything is timed as always, but for a moment: what is said of times is tested, not the times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "interleave", functools.partial(latency.interleave, min_seconds=0.1, max_rounds=40))
+        patch.setattr(latency, "throughput", functools.partial(latency.throughput, seconds=0.05))
+        yield
 
 
 @pytest.fixture(scope="session")
