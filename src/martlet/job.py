@@ -87,8 +87,10 @@ def compress(
         assert compressed.facts == facts
     with store.writing(out, overwrite) as folder, tempfile.TemporaryDirectory() as plain:
         with clock("lower"):
+            progress("write the artifact's files", 0, 2)
             files = store.write_model(folder, compressed, target)
             store.seal(folder, compressed, engine, files)  # so that torch, which runs artifacts, can open it
+            progress("write the baseline's files", 1, 2)
             baseline_files = store.write_model(Path(plain), source, target)
             store.seal(Path(plain), source, engine, baseline_files)
         duel = Duel(target, source, compressed, Path(plain), folder, baseline_files, files, threads, seed, progress)
@@ -138,14 +140,16 @@ def evaluate(
     *,
     engine: str | None = None,
     threads: int | None = None,
+    trust_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """How often a model or an artifact is right, run by an engine.
 
-    engine: None is an artifact's own, and OpenVINO for a model. threads: None is all cores.
+    engine: None is an artifact's own, and OpenVINO for a model. threads: None is all cores. trust_code: run the Python
+    file that a model, or an artifact on an engine other than its own, comes from.
 
-    Returns `model`, `engine`, `precision`, `threads`, `images` (as in the report), `n_images`, and `top1_pct` and
-    `top5_pct`, which are None without labels.
+    Returns `model`, `engine`, `precision`, `threads`, `simulated`, `images` (as in the report), `n_images`, and
+    `top1_pct` and `top5_pct`, which are None without labels.
 
     Raises:
         MartletError: see `martlet.core.errors`.
@@ -153,7 +157,7 @@ def evaluate(
     from martlet.data import open_images
     from martlet.measure import accuracy
 
-    with deploy(model, engine) as deployed:
+    with deploy(model, engine, trust_code, progress) as deployed:
         test = open_images(images)
         if test.labelled:
             test.check_labels(deployed.num_classes)
@@ -175,15 +179,17 @@ def bench(
     engine: str | None = None,
     threads: int | None = None,
     seed: int = 0,
+    trust_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Latency at batch 1, all models interleaved, and throughput over batch sizes, each model after the other.
 
     engine: None is each artifact's own, and OpenVINO for a model. seed: of the input, which is noise, and of the order
-    of timing.
+    of timing. trust_code: as of `evaluate`.
 
     Returns `created`, `environment`, and `models`: of each `model`, `engine`, `precision`, `threads`, `simulated`,
-    `file_bytes`, `latency_ms`, `speedup` (how many times faster than the first) and `throughput`.
+    `file_bytes`, `latency_ms`, `speedup` (how many times faster than the first; None if either is simulated) and
+    `throughput`.
 
     Raises:
         MartletError: see `martlet.core.errors`.
@@ -196,7 +202,7 @@ def bench(
         raise UsageError("there is nothing to time; name at least one model or artifact")
     rng = np.random.default_rng(seed)
     with ExitStack() as stack:
-        all_deployed = [stack.enter_context(deploy(model, engine)) for model in models]
+        all_deployed = [stack.enter_context(deploy(model, engine, trust_code, progress)) for model in models]
         sessions = [deployed.open(1, threads) for deployed in all_deployed]
         probes = [rng.standard_normal((1, 3, *d.preprocess.size), dtype=np.float32) for d in all_deployed]
         runs = {str(i): (lambda i=i: sessions[i](probes[i])) for i in range(len(sessions))}
@@ -207,10 +213,11 @@ def bench(
             "models": [
                 {
                     **deployed.describe(session),
-                    "simulated": deployed.simulated,
                     "file_bytes": size.file_bytes(deployed.folder, deployed.files),
                     "latency_ms": latency.summary(ms),
-                    "speedup": latency.ratio(times[0], ms, seed),
+                    "speedup": (
+                        None if deployed.simulated or all_deployed[0].simulated else latency.ratio(times[0], ms, seed)
+                    ),
                     "throughput": latency.throughput(
                         lambda batch, deployed=deployed: deployed.open(batch, threads),
                         deployed.preprocess.size,
@@ -234,9 +241,12 @@ class Deployed:
     preprocess: Preprocess
     num_classes: int
     simulated: bool
+    trust_code: bool
 
     def open(self, batch: int, threads: int | None) -> Session:
-        return self.engine.open(self.folder, batch=batch, precision=self.precision, threads=threads)
+        return self.engine.open(
+            self.folder, batch=batch, precision=self.precision, threads=threads, trust_code=self.trust_code
+        )
 
     def describe(self, session: Session) -> dict[str, Any]:
         return {
@@ -244,12 +254,20 @@ class Deployed:
             "engine": {"name": self.engine.name, "version": self.engine.version()},
             "precision": self.precision,
             "threads": session.threads,
+            "simulated": self.simulated,
         }
 
 
 @contextmanager
-def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> Iterator[Deployed]:
+def deploy(
+    model: str | Path | Artifact | Model,
+    engine: str | None = None,
+    trust_code: bool = False,
+    progress: Progress = silent,
+) -> Iterator[Deployed]:
     """An artifact as it lies, unless another engine is asked for; a model lowered to a folder that vanishes after.
+
+    trust_code: run the Python file that it comes from, where that is needed.
 
     Raises:
         MartletError: it can't be loaded, or the engine can't take it.
@@ -258,7 +276,8 @@ def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> I
 
     asked = None if engine is None else engines.get(engine)
     if isinstance(model, str | Path):
-        model = store.load(model) if (Path(model) / store.MANIFEST).is_file() else load_model(str(model))
+        is_artifact = (Path(model) / store.MANIFEST).is_file()
+        model = store.load(model) if is_artifact else load_model(str(model), trust_code=trust_code)
     if isinstance(model, Artifact):
         saved = model.manifest["model"]
         own = engines.get(model.engine)
@@ -272,12 +291,14 @@ def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> I
                 preprocess=model.preprocess,
                 num_classes=saved["num_classes"],
                 simulated=saved["simulated"],
+                trust_code=trust_code,
             )
             return
-        model = model.model()
+        model = model.model(trust_code=trust_code)
     target = asked or engines.get("openvino")
     target.version()
     with tempfile.TemporaryDirectory() as folder:
+        progress(f"write for {target.name}", 0, 1)
         files = store.write_model(Path(folder), model, target)
         store.seal(Path(folder), model, target.name, files)
         yield Deployed(
@@ -288,5 +309,6 @@ def deploy(model: str | Path | Artifact | Model, engine: str | None = None) -> I
             precision=model.precision,
             preprocess=model.preprocess,
             num_classes=model.num_classes,
-            simulated=model.simulated,
+            simulated=target.simulates(model),
+            trust_code=True,  # whoever has the model in hand has trusted its code
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from martlet.core import registry, report
+from martlet.core.errors import EngineError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress, Stage
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule
 
-    from martlet.core.report import Document, Example, Gate, Latency, Side, StepReport, Throughput
+    from martlet.core.report import Coverage, Document, Example, Gate, Latency, Side, StepReport, Throughput
     from martlet.data.images import Images
     from martlet.engine.base import Engine, Session
     from martlet.measure.accuracy import Logits
@@ -70,22 +71,19 @@ class Duel:
     def open(self, which: str, batch: int) -> Session:
         folder = self.artifact_folder if which == "artifact" else self.baseline_folder
         precision = {"baseline": self.source.precision, "artifact": self.compressed.precision}.get(which, which)
-        return self.engine.open(folder, batch=batch, precision=precision, threads=self.threads)
+        # Whoever has the model in hand has trusted its code.
+        return self.engine.open(folder, batch=batch, precision=precision, threads=self.threads, trust_code=True)
 
     def measure(self, test: Images, clock: Clock) -> Document:
-        from martlet.measure import accuracy, coverage, fidelity, latency, layers
+        from martlet.measure import accuracy, fidelity, latency, layers
 
         size = self.source.preprocess.size
         with clock("accuracy"):
-            pair = {which: self.open(which, BATCH) for which in ("baseline", "artifact")}
+            pair = {which: self.open(which, BATCH) for which in self._each("compile")}
             result = accuracy.logits(pair, test, self.source.preprocess, self.progress)
         with clock("latency"):
-            plain = [
-                p for p in self.engine.alternatives() if p not in (self.source.precision, self.compressed.precision)
-            ]
-            if self.compressed.steps and self.compressed.precision in self.engine.alternatives():
-                plain.insert(0, self.compressed.precision)
-            sessions = {which: self.open(which, 1) for which in ("baseline", "artifact", *plain)}
+            plain = [p for p in self.engine.alternatives() if p != self.source.precision]
+            sessions = {which: self.open(which, 1) for which in self._each("compile", "baseline", "artifact", *plain)}
             probe = np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
             runs = {which: (lambda session=session: session(probe)) for which, session in sessions.items()}
             times = latency.interleave(runs, seed=self.seed, progress=self.progress)
@@ -95,14 +93,15 @@ class Duel:
                 for which in ("baseline", "artifact")
             }
         with clock("coverage"):
-            covered = coverage.coverage(sessions["artifact"].profile(probe), self.engine.profile_source)
-            batch = self._probe_images(test)
-            errors = layers.layer_errors(self.source, self.compressed, batch)
+            covered = {which: self._coverage(sessions[which], probe) for which in self._each("read what ran")}
+        with clock("layers"):
+            errors = layers.layer_errors(self.source, self.compressed, self._probe_images(test), self.progress)
         with clock("memory"):
             sides = {
-                which: self._side(which, result, latency.summary(times[which]), throughputs[which])
-                for which in ("baseline", "artifact")
+                which: self._side(which, result, latency.summary(times[which]), throughputs[which], covered[which])
+                for which in self._each("measure memory")
             }
+        simulated = self.engine.simulates(self.compressed)
         return {
             "martlet_report": report.VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -128,18 +127,35 @@ class Duel:
                 }
                 for precision in plain
             ],
-            "speedup": latency.ratio(times["baseline"], times["artifact"], self.seed),
+            "speedup": None if simulated else latency.ratio(times["baseline"], times["artifact"], self.seed),
             "fidelity": fidelity.fidelity(result.values["baseline"], result.values["artifact"]),
-            "coverage": covered,
             "layers": errors,
             "bits": _bits(self.compressed),
-            "simulated": self.compressed.simulated,
+            "simulated": simulated,
             "examples": _disagreements(result, test, self.source),
-            "gate": {"passed": True, "reasons": []},
+            "gate": {"passed": True, "reasons": [], "judged": []},
             "seconds": {},
         }
 
-    def _side(self, which: str, result: Logits, times: Latency, throughput: list[Throughput]) -> Side:
+    def _each(self, what: str, *names: str) -> Iterator[str]:
+        """The names, or both sides, one after the other, saying how far it is."""
+        names = names or ("baseline", "artifact")
+        for i, name in enumerate(names):
+            self.progress(what, i, len(names))
+            yield name
+
+    def _coverage(self, session: Session, probe: np.ndarray) -> Coverage:
+        """What the engine says it ran; if its account doesn't add up, nothing, and why."""
+        from martlet.measure import coverage
+
+        try:
+            return coverage.coverage(session.profile(probe), self.engine.profile_source)
+        except EngineError as error:
+            return coverage.coverage([], f"nothing, for {error}")
+
+    def _side(
+        self, which: str, result: Logits, times: Latency, throughput: list[Throughput], coverage: Coverage
+    ) -> Side:
         from martlet.measure import accuracy, macs, memory, size
 
         artifact = which == "artifact"
@@ -158,7 +174,10 @@ class Duel:
             "gmacs": macs.macs(model) / 1e9,
             "latency_ms": times,
             "throughput": throughput,
-            "peak_rss_bytes": memory.peak_rss_bytes(self.engine.name, folder, model.precision, self.threads),
+            "peak_rss_bytes": memory.peak_rss_bytes(
+                self.engine.name, folder, model.precision, self.threads, trust_code=True
+            ),
+            "coverage": coverage,
         }
 
     def _probe_images(self, test: Images) -> torch.Tensor:
@@ -172,12 +191,16 @@ class Duel:
 
 
 def gate(document: Document, max_drop: float | None = None) -> Gate:
-    """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why."""
-    baseline, artifact, reasons = document["baseline"], document["artifact"], []
+    """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why.
+
+    A simulated speed isn't judged.
+    """
+    baseline, artifact, reasons, judged = document["baseline"], document["artifact"], [], ["size"]
     speedup = document["speedup"]
-    if speedup["high"] < 1:
-        ops = document["coverage"]["ops"]
-        costly = [op for op in ops if op["precision"] != "i8"][:3]
+    if speedup is not None:
+        judged.insert(0, "speed")
+    if speedup is not None and speedup["high"] < 1:
+        costly = [op for op in artifact["coverage"]["ops"] if op["precision"] != "i8"][:3]
         named = ", ".join(f"{op['name']} ({op['precision']}, {op['microseconds'] / 1000:.2f} ms)" for op in costly)
         reasons.append(
             f"slower than the untouched model: {speedup['median']:.2f}x its speed "
@@ -191,9 +214,10 @@ def gate(document: Document, max_drop: float | None = None) -> Gate:
             drop, of = baseline["top1_pct"] - artifact["top1_pct"], "top-1"
         else:
             drop, of = 100 - document["fidelity"]["top1_agreement_pct"], "agreement"
+        judged.append(of)
         if drop > max_drop:
             reasons.append(f"{of} drops by {drop:.2f} points, more than the {max_drop:g} allowed")
-    return {"passed": not reasons, "reasons": reasons}
+    return {"passed": not reasons, "reasons": reasons, "judged": judged}
 
 
 def describe_images(images: Images, n: int, seed: int | None) -> dict[str, Any]:

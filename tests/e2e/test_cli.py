@@ -1,6 +1,8 @@
 """Every verb, from the arguments to what the user sees."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +11,12 @@ from martlet.core.errors import UsageError
 from martlet.job import bench
 
 GATE_FAILED = 3
+NET = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,7 @@ def test_json_is_the_report_alone_and_max_drop_is_a_gate(martlet, tiny, images, 
     result = martlet("compress", *tiny, *arguments)
     printed = json.loads(result.out)
     assert printed == json.loads((out / "report.json").read_text())
-    assert printed["martlet_report"] == 1
+    assert printed["martlet_report"] == 2
     assert printed["fidelity"]["top1_agreement_pct"] == 100
     assert not any("drops by" in reason for reason in printed["gate"]["reasons"])
     again = martlet("compress", *tiny, *arguments)
@@ -62,10 +70,83 @@ def test_json_is_the_report_alone_and_max_drop_is_a_gate(martlet, tiny, images, 
     assert again.err == f"martlet: {out} exists; add --overwrite to replace it, or choose another --out\n"
 
 
+def test_both_sides_say_what_ran_and_each_alternative_stands_once(document):
+    for side in ("baseline", "artifact"):
+        covered = document[side]["coverage"]
+        assert sum(covered["macs_pct"].values()) == pytest.approx(100)
+        assert covered["source"] == "OpenVINO runtime model"
+    assert document["baseline"]["coverage"]["macs_pct"].keys() == {"f32"}
+    names = [entry["name"] for entry in document["alternatives"]]
+    assert len(set(names)) == len(names)
+    assert not any(" f32" in name for name in names)  # that is the baseline
+
+
+@pytest.mark.slow
+def test_torch_simulates_int8_and_claims_no_speed(martlet, tiny, images, tmp_path):
+    out = tmp_path / "vit"
+    arguments = ("--images", images, "--num-calib", 8, "--recipe", "int8", "--engine", "torch", "--threads", 1)
+    result = martlet("compress", *tiny, *arguments, "--out", out)
+    document = json.loads((out / "report.json").read_text())
+    assert (document["simulated"], document["speedup"]) == (True, None)
+    assert "speed" not in document["gate"]["judged"]
+    assert "speed was not judged" in result.out
+    assert "faster" not in result.out
+    assert "(simulated)" in result.out
+    assert json.loads(martlet("inspect", out, "--json").out)["simulated"]
+    assert json.loads(martlet("eval", out, "--images", images, "--json").out)["simulated"]
+    models = json.loads(martlet("bench", *tiny, out, "--engine", "torch", "--threads", 1, "--json").out)["models"]
+    assert [(entry["simulated"], entry["speedup"] is None) for entry in models] == [(False, False), (True, True)]
+    assert "no claim" in martlet("bench", *tiny, out, "--engine", "torch", "--threads", 1).out
+
+
+def test_int8_on_an_engine_without_bf16_goes_on_in_float32(martlet, tiny, images, tmp_path):
+    out = tmp_path / "vit"
+    arguments = ("--images", images, "--num-calib", 8, "--engine", "onnxruntime", "--threads", 1, "--out", out)
+    result = martlet("compress", *tiny, *arguments, "--recipe", "int8")
+    assert result.status in (0, GATE_FAILED), result.err
+    document = json.loads((out / "report.json").read_text())
+    assert (document["artifact"]["precision"], document["alternatives"]) == ("f32", [])
+    assert document["recipe"]["steps"][-1]["record"] == {"precision": "f32"}
+    said = "Floating-point parts run in f32: ONNX Runtime has no fast bf16 on this machine"
+    assert said in result.out
+    assert said in (out / "report.html").read_text()
+    refused = martlet("compress", *tiny, *arguments, "--recipe", "bf16", "--overwrite")
+    assert (refused.status, refused.out) == (2, "")
+    assert "`bf16: {required: false}`" in refused.err
+
+
+def test_report_ends_as_the_gate_did(martlet, compressed, tmp_path):
+    out = tmp_path / "failed"
+    shutil.copytree(compressed[1], out)
+    document = json.loads((out / "report.json").read_text())
+    document["gate"] = {"passed": False, "reasons": ["larger than the untouched model"], "judged": ["size"]}
+    (out / "report.json").write_text(json.dumps(document))
+    manifest = json.loads((out / "artifact.json").read_text())
+    data = (out / "report.json").read_bytes()
+    manifest["files"]["report.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (out / "artifact.json").write_text(json.dumps(manifest))
+    assert martlet("report", out).status == GATE_FAILED
+    assert martlet("report", out, "--json").status == GATE_FAILED
+    assert martlet("inspect", out).status == 0
+
+
+def test_an_artifact_of_a_python_file_runs_elsewhere_if_its_code_is_trusted(martlet, images, tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    out, sized = tmp_path / "net", ("--image-size", "32", "--images", images)
+    arguments = (f"{tmp_path}/net.py:net", *sized, "--recipe", "none", "--threads", 1, "--trust-code", "--out", out)
+    assert martlet("compress", *arguments).status in (0, GATE_FAILED)
+    elsewhere = ("eval", out, "--images", images, "--engine", "torch", "--threads", 1)
+    refused = martlet(*elsewhere)
+    assert refused.status == 2
+    assert "add --trust-code" in refused.err
+    assert martlet(*elsewhere, "--trust-code").status == 0
+    assert martlet("eval", out, "--images", images, "--engine", "onnxruntime", "--trust-code").status == 0
+
+
 def test_report_prints_the_same_table_and_writes_the_page_elsewhere(martlet, compressed, document, tmp_path):
     result, out = compressed
     again = martlet("report", out)
-    assert again.status == 0
+    assert again.status == (0 if document["gate"]["passed"] else GATE_FAILED)
     assert again.out.splitlines()[:-1] == result.out.splitlines()[:-2]
     page = tmp_path / "page.html"
     assert martlet("report", out, "--html", page, "--json").out == martlet("report", out, "--json").out

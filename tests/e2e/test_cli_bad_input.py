@@ -187,6 +187,11 @@ def test_a_place_that_is_taken(refused, compress, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "four years"
 
 
+def test_a_place_that_cannot_be_made(refused, compress, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is no folder; choose another --out" in refused(BAD_USE, *compress, "--out", tmp_path / "file" / "out")
+
+
 def test_code_and_numbers_that_are_not_trusted(refused, images, tmp_path):
     (tmp_path / "net.py").write_text(CODE)
     sized = ("--image-size", "32", "--images", images)
@@ -196,7 +201,7 @@ def test_code_and_numbers_that_are_not_trusted(refused, images, tmp_path):
 
 
 def test_what_is_no_artifact(refused, tiny, images, tmp_path):
-    assert "is no artifact" in refused(FAILED, "report", tmp_path)
+    assert "is no artifact" in refused(BAD_USE, "report", tmp_path)
     assert "is no artifact" in refused(BAD_USE, "inspect", tmp_path)
     (tmp_path / "artifact.json").write_text('{"martlet_artifact": 99}')
     assert "version 99" in refused(FAILED, "report", tmp_path)

@@ -11,27 +11,32 @@ MB = 1_000_000
 
 
 def document(
-    speedup: tuple[float, float, float] = (1.4, 1.5, 1.6),
+    speedup: tuple[float, float, float] | None = (1.4, 1.5, 1.6),
     file_bytes: tuple[int, int] = (20 * MB, 5 * MB),
     top1_pct: tuple[float | None, float | None] = (80.0, 79.5),
     agreement_pct: float = 98.0,
     ops: list[tuple[str, str, float]] | None = None,
 ) -> Document:
     """What the gate reads. Pairs are of the baseline and the artifact; ops: (name, precision, microseconds)."""
-    low, median, high = speedup
     sides = zip(("baseline", "artifact"), file_bytes, top1_pct, strict=True)
     found: dict[str, Any] = {side: {"file_bytes": size, "top1_pct": top1} for side, size, top1 in sides}
-    found["speedup"] = {"low": low, "median": median, "high": high}
+    found["speedup"] = speedup and dict(zip(("low", "median", "high"), speedup, strict=True))
     found["fidelity"] = {"top1_agreement_pct": agreement_pct}
-    found["coverage"] = {
+    found["artifact"]["coverage"] = {
         "ops": [{"name": name, "precision": p, "microseconds": us} for name, p, us in ops or [("head", "i8", 9.0)]]
     }
     return cast("Document", found)
 
 
 def test_faster_smaller_and_as_good_passes():
-    assert gate(document()) == {"passed": True, "reasons": []}
-    assert gate(document(), max_drop=0.5) == {"passed": True, "reasons": []}
+    assert gate(document()) == {"passed": True, "reasons": [], "judged": ["speed", "size"]}
+    assert gate(document(), max_drop=0.5) == {"passed": True, "reasons": [], "judged": ["speed", "size", "top-1"]}
+
+
+def test_a_simulated_speed_is_not_judged_and_the_rest_is():
+    simulated = document(speedup=None, file_bytes=(MB, 2 * MB))
+    assert gate(simulated, max_drop=1)["judged"] == ["size", "top-1"]
+    assert [reason.split()[0] for reason in gate(simulated)["reasons"]] == ["larger"]
 
 
 @pytest.mark.parametrize(("high", "passed"), [(0.999, False), (1.0, True), (1.001, True)])

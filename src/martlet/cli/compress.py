@@ -12,6 +12,7 @@ from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, 
 from martlet.cli.terminal import emit, note_skipped, show, working
 
 if TYPE_CHECKING:
+    from martlet.core.report import Document
     from martlet.core.store import Artifact
     from martlet.core.technique import Progress
 
@@ -86,4 +87,9 @@ def run(job: Callable[[Progress], Artifact], json: bool) -> int:
         from martlet.report.terminal import summary
 
         show(summary(document), "", f"Artifact  {artifact.path}", f"Page      {artifact.path / 'report.html'}")
+    return gate_status(document)
+
+
+def gate_status(document: Document) -> int:
+    """The exit status that follows from a report's gate."""
     return 0 if document["gate"]["passed"] else GATE_FAILED

@@ -33,7 +33,12 @@ def evaluate(
         from martlet.job import evaluate
 
         document = evaluate(
-            model_options.open(model, seed), image_options.open(seed), engine=engine, threads=threads, progress=progress
+            model_options.open(model, seed),
+            image_options.open(seed),
+            engine=engine,
+            threads=threads,
+            trust_code=model_options.trust_code,
+            progress=progress,
         )
     note_skipped(document["images"]["skipped"])
     if json:
@@ -46,6 +51,7 @@ def evaluate(
         ("Model", document["model"]),
         ("Engine", f"{verdict.title(document['engine']['name'])} {document['engine']['version']}"),
         ("Float precision", document["precision"]),
+        *([("Simulated", "yes: the engine has no kernels for this arithmetic")] if document["simulated"] else []),
         ("Threads", str(document["threads"])),
         ("Images", f"{n:,} of {document['images']['source']}"),
         ("Top-1", units.percent(document["top1_pct"], n)),

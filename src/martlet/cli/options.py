@@ -52,9 +52,12 @@ class ModelOptions:
     model_kwargs: Annotated[
         str | None, _option("Model", "K=V,…", "For the library's constructor: img_size=384,depth=6, or JSON.")
     ] = None
-    trust_code: Annotated[bool, Option("--trust-code", help="Run the Python file named.", rich_help_panel="Model")] = (
-        False
-    )
+    trust_code: Annotated[
+        bool,
+        Option(
+            "--trust-code", help="Run the Python file named, or that an artifact comes from.", rich_help_panel="Model"
+        ),
+    ] = False
     image_size: Annotated[str | None, _option("Preprocessing", "H[,W]", "What the model takes, in pixels.")] = None
     resize: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from martlet.cli.compress import gate_status
 from martlet.cli.options import Json
 from martlet.cli.terminal import emit, show
 from martlet.core.errors import UsageError
@@ -18,8 +19,8 @@ def report(
         Path | None, Option("--html", metavar="FILE", help="Write the page here too.", show_default=False)
     ] = None,
     json: Json = False,
-) -> None:
-    """Print an artifact's report again, and write its page elsewhere if asked."""
+) -> int:
+    """Print an artifact's report again, and write its page elsewhere if asked. Exit status as of `martlet compress`."""
     from martlet.core import store
 
     loaded = store.load(artifact)
@@ -36,3 +37,4 @@ def report(
         from martlet.report.terminal import summary
 
         show(summary(document), "", f"Page      {page}")
+    return gate_status(document)

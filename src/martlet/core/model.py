@@ -55,6 +55,11 @@ class Model:
         return twin
 
     @property
+    def rounded(self) -> bool:
+        """True if some tensor is rounded to fewer values than floating point has."""
+        return any(hasattr(module, "simulated") for module in self.module.modules())
+
+    @property
     def simulated(self) -> bool:
         """True if some tensor is rounded in a way that no engine's kernel can use."""
         return any(getattr(module, "simulated", False) for module in self.module.modules())

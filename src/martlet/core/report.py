@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from martlet.core.errors import ArtifactError
 
-VERSION = 1
+VERSION = 2
 
 
 class Latency(TypedDict):
@@ -39,34 +39,8 @@ class Throughput(TypedDict):
     images_per_s: float
 
 
-class Side(TypedDict):
-    """One of the two that are compared, on the engine."""
-
-    engine: str
-    precision: str
-    top1_pct: float | None
-    top5_pct: float | None
-    n_images: int
-    params: int
-    weight_bytes: int
-    file_bytes: int
-    gmacs: float
-    latency_ms: Latency
-    throughput: list[Throughput]
-    peak_rss_bytes: int | None
-
-
-class Fidelity(TypedDict):
-    """The artifact's logits against the baseline's, on the same images."""
-
-    top1_agreement_pct: float
-    kl_mean: float
-    logit_sqnr_db: float
-    n_images: int
-
-
 class OpTime(TypedDict):
-    """An operation of the artifact as the engine ran it."""
+    """An operation as the engine ran it."""
 
     name: str
     kind: str
@@ -82,8 +56,35 @@ class Coverage(TypedDict):
     attention_macs_pct: dict[str, float]
     time_pct: dict[str, float]
     source: str
-    """Where this was read: `OpenVINO runtime model`, `ONNX Runtime profile`."""
+    """Where this was read (`OpenVINO runtime model`, `ONNX Runtime profile`), or why it couldn't be."""
     ops: list[OpTime]
+
+
+class Side(TypedDict):
+    """One of the two that are compared, on the engine."""
+
+    engine: str
+    precision: str
+    top1_pct: float | None
+    top5_pct: float | None
+    n_images: int
+    params: int
+    weight_bytes: int
+    file_bytes: int
+    gmacs: float
+    latency_ms: Latency
+    throughput: list[Throughput]
+    peak_rss_bytes: int | None
+    coverage: Coverage
+
+
+class Fidelity(TypedDict):
+    """The artifact's logits against the baseline's, on the same images."""
+
+    top1_agreement_pct: float
+    kl_mean: float
+    logit_sqnr_db: float
+    n_images: int
 
 
 class Layer(TypedDict):
@@ -118,8 +119,11 @@ class Example(TypedDict):
 
 
 class Gate(TypedDict):
+    """judged: what it looked at: `speed` (unless it is simulated), `size`, and `top-1` or `agreement` if asked."""
+
     passed: bool
     reasons: list[str]
+    judged: list[str]
 
 
 class Document(TypedDict):
@@ -141,14 +145,16 @@ class Document(TypedDict):
     baseline: Side
     artifact: Side
     alternatives: list[dict[str, Any]]
-    """The best plain alternatives in the same interleaved run: `name`, `latency_ms`, `speedup` over the baseline."""
-    speedup: Ratio
+    """The untouched model in the engine's other precisions, in the same interleaved run: `name`, `latency_ms`, and
+    `speedup` over the baseline."""
+    speedup: Ratio | None
+    """None if the artifact is simulated."""
     fidelity: Fidelity
-    coverage: Coverage
     layers: list[Layer]
     bits: dict[str, Any]
     """Bits of each tensor kind: weights, linear_inputs, conv_inputs, q, k, v, softmax_output, first and last layer."""
     simulated: bool
+    """Something is rounded in a way that the engine has no kernel for, so no number of the artifact's speed counts."""
     examples: list[Example]
     gate: Gate
     seconds: dict[str, float]

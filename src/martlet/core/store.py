@@ -74,15 +74,20 @@ class Artifact:
         names = self.manifest["model"]["class_names"]
         return tuple(names) if names else None
 
-    def open(self, *, batch: int = 1, threads: int | None = None) -> Session:
+    def open(self, *, batch: int = 1, threads: int | None = None, trust_code: bool = False) -> Session:
         """Compiles the artifact's own engine files for a batch size.
+
+        trust_code: run the Python file that the model came from, if it came from one and the engine is torch.
 
         Raises:
             EngineError: the engine isn't installed here or refuses the files.
+            UsageError: the engine needs code that isn't trusted.
         """
         from martlet import engine
 
-        return engine.get(self.engine).open(self.path, batch=batch, precision=self.precision, threads=threads)
+        return engine.get(self.engine).open(
+            self.path, batch=batch, precision=self.precision, threads=threads, trust_code=trust_code
+        )
 
     @cached_property
     def _single(self) -> Session:
@@ -141,15 +146,14 @@ def load(path: str | Path) -> Artifact:
     """Opens an artifact folder and checks that every file is there and as it was written.
 
     Raises:
-        ArtifactError: no artifact, of another version, incomplete or damaged; says which file.
+        UsageError: it is no artifact.
+        ArtifactError: of another version, incomplete or damaged; says which file.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(
-            f"{path} is no artifact: it has no {MANIFEST}; `martlet compress … --out` makes one"
-        ) from None
+        raise UsageError(f"{path} is no artifact: it has no {MANIFEST}; `martlet compress … --out` makes one") from None
     except ValueError:
         raise ArtifactError(f"{path / MANIFEST} is damaged: it is not JSON") from None
     version = manifest.get("martlet_artifact") if isinstance(manifest, dict) else None
@@ -170,8 +174,12 @@ def check_free(path: Path, overwrite: bool) -> None:
     """Refuses, before any work is done, a folder that can't or mustn't be replaced.
 
     Raises:
-        UsageError: it exists and --overwrite wasn't given, or it holds something that is no artifact.
+        UsageError: it exists and --overwrite wasn't given, it holds something that is no artifact, or it can't be made.
     """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "may not be written to" if above.is_dir() else "is no folder"
+        raise UsageError(f"{path} can't be made, because {above} {why}; choose another --out")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -231,6 +239,8 @@ def write_model(folder: Path, model: Model, engine: Engine) -> list[str]:
 
 def seal(folder: Path, model: Model, engine: str, engine_files: Sequence[str]) -> None:
     """Writes the manifest, last: with it the folder is an artifact."""
+    from martlet import engine as engines
+
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.iterdir())
@@ -246,7 +256,7 @@ def seal(folder: Path, model: Model, engine: str, engine_files: Sequence[str]) -
             "class_names": model.class_names,
             "origin": model.origin,
             "precision": model.precision,
-            "simulated": model.simulated,
+            "simulated": engines.get(engine).simulates(model),
         },
         "steps": [
             {"name": s.technique.name, "settings": s.technique.settings(), "record": s.record, "seconds": s.seconds}

@@ -16,6 +16,9 @@ from martlet.core.technique import Int8Form
 if TYPE_CHECKING:
     from martlet.core.model import Model
 
+BATCH = "batch"
+"""What the dynamic dimension is called in files that have names for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -66,6 +69,8 @@ class Engine(ABC):
     extra: ClassVar[str | None] = None
     """The optional dependency to install, if it isn't in the base."""
     int8: ClassVar[Int8Form] = Int8Form()
+    integer_kernels: ClassVar[bool] = True
+    """False where integers are multiplied as floating point: its rounding is right, and its time means nothing."""
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     """What it can compute floating-point parts in, on a machine that has all of them."""
     profile_source: ClassVar[str]
@@ -83,6 +88,10 @@ class Engine(ABC):
         """Those of `precisions` that this machine has instructions for."""
         return self.precisions
 
+    def simulates(self, model: Model) -> bool:
+        """True if the model is rounded in a way that this engine has no kernels for."""
+        return model.simulated or (model.rounded and not self.integer_kernels)
+
     @abstractmethod
     def lower(self, model: Model, folder: Path) -> list[str]:
         """Writes the engine's files for the model into the folder, for any batch size. Returns their names.
@@ -92,8 +101,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def open(self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None) -> Session:
+    def open(
+        self,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "f32",
+        threads: int | None = None,
+        trust_code: bool = False,
+    ) -> Session:
         """Compiles the files of `lower` for one batch size. threads: None is every core the process may use.
+
+        trust_code: run the Python file that the model came from, if it came from one and the engine needs it.
 
         Raises:
             EngineError: the files are missing or refused, or the precision isn't one of this machine's.

@@ -18,14 +18,14 @@ from torch.fx import GraphModule
 
 from martlet.core.errors import EngineError
 from martlet.core.model import Model
-from martlet.engine.base import first_line
+from martlet.engine.base import BATCH, first_line
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 21
 """The first in which QuantizeLinear takes everything that is needed here, and that all engines read."""
-INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+INPUT, OUTPUT = "images", "logits"
 
 
 def to_onnx(model: Model, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from martlet.core.errors import EngineError
 from martlet.core.technique import Int8Form
-from martlet.engine.base import Engine, Op, Session, check_images, cores, file_in
+from martlet.engine.base import BATCH, Engine, Op, Session, check_images, cores, file_in
 
 if TYPE_CHECKING:
     import onnx
@@ -46,7 +46,13 @@ class ONNXRuntime(Engine):
         return [FILE]
 
     def open(
-        self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "f32",
+        threads: int | None = None,
+        trust_code: bool = False,
     ) -> ONNXRuntimeSession:
         _onnxruntime()
         self.check_precision(precision)
@@ -126,8 +132,6 @@ def _onnxruntime() -> Any:
 
 
 def _compile(path: Path, batch: int, threads: int, profile: Path | None = None, optimize: bool = True) -> Any:
-    from martlet.engine.onnx import BATCH
-
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -58,7 +58,13 @@ class OpenVINO(Engine):
         return [XML, BIN]
 
     def open(
-        self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "f32",
+        threads: int | None = None,
+        trust_code: bool = False,
     ) -> OpenVINOSession:
         self.check_precision(precision)
         path = file_in(folder, XML)

@@ -29,6 +29,7 @@ class Torch(Engine):
     """Needs no file of its own: it runs the model that the artifact's weights and records rebuild."""
 
     name: ClassVar[str] = "torch"
+    integer_kernels: ClassVar[bool] = False
     precisions: ClassVar[tuple[str, ...]] = tuple(DTYPES)
     profile_source: ClassVar[str] = "torch, operation by operation"
 
@@ -39,15 +40,23 @@ class Torch(Engine):
         self.check_precision(model.precision)
         return []
 
-    def open(self, folder: Path, *, batch: int = 1, precision: str = "f32", threads: int | None = None) -> TorchSession:
+    def open(
+        self,
+        folder: Path,
+        *,
+        batch: int = 1,
+        precision: str = "f32",
+        threads: int | None = None,
+        trust_code: bool = False,
+    ) -> TorchSession:
         """Raises:
         EngineError: the precision isn't one of torch's.
-        ArtifactError: the folder is no artifact.
+        UsageError: the folder is no artifact; or the model came from a Python file, and it isn't trusted.
         """
         from martlet.core import store
 
         self.check_precision(precision)
-        return TorchSession(store.load(folder).model(), batch, precision, threads or cores())
+        return TorchSession(store.load(folder).model(trust_code=trust_code), batch, precision, threads or cores())
 
 
 class TorchSession(Session):

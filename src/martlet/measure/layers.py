@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.model import Model
 from martlet.core.report import Layer
-from martlet.core.technique import Stage
+from martlet.core.technique import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from martlet.graph.sites import Site
@@ -24,12 +24,16 @@ def sqnr_db(reference: Tensor, test: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(signal / error) if signal > 0 else -math.inf
 
 
-def layer_errors(baseline: Model, compressed: Model, images: Tensor) -> list[Layer]:
+def layer_errors(baseline: Model, compressed: Model, images: Tensor, progress: Progress = silent) -> list[Layer]:
     """SQNR of the output of every multiplication that both models have, each fed by its own predecessors.
 
     images: float32 (B, 3, H, W). Runs both in torch. Layers that only one of the two has are left out.
     """
-    reference, test = _outputs(baseline, images), _outputs(compressed, images)
+    outputs = []
+    for i, model in enumerate((baseline, compressed)):
+        progress("compare layers", i, 2)
+        outputs.append(_outputs(model, images))
+    reference, test = outputs
     layers = []
     for name, (site, value) in reference.items():
         if name in test and test[name][1].shape == value.shape:

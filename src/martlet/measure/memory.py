@@ -12,7 +12,9 @@ from martlet.core.errors import EngineError
 RUNS = 5
 
 
-def peak_rss_bytes(engine: str, folder: Path, precision: str = "f32", threads: int | None = None) -> int | None:
+def peak_rss_bytes(
+    engine: str, folder: Path, precision: str = "f32", threads: int | None = None, trust_code: bool = False
+) -> int | None:
     """The most memory that a fresh process holds while it opens the engine's files at batch 1 and runs them.
 
     Counts everything resident: the interpreter and the engine's library too. None on Windows, which doesn't tell.
@@ -22,7 +24,8 @@ def peak_rss_bytes(engine: str, folder: Path, precision: str = "f32", threads: i
     """
     if sys.platform == "win32":
         return None
-    job = json.dumps({"engine": engine, "folder": str(folder), "precision": precision, "threads": threads})
+    options = {"precision": precision, "threads": threads, "trust_code": trust_code}
+    job = json.dumps({"engine": engine, "folder": str(folder), "options": options})
     process = subprocess.run([sys.executable, "-m", __name__, job], capture_output=True, text=True, check=False)
     if process.returncode:
         last = next(iter(reversed(process.stderr.strip().splitlines())), f"exit status {process.returncode}")
@@ -40,7 +43,7 @@ def main(job: str) -> None:
     asked = json.loads(job)
     folder = Path(asked["folder"])
     size = Preprocess.from_json(json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))).size
-    session = engine.get(asked["engine"]).open(folder, precision=asked["precision"], threads=asked["threads"])
+    session = engine.get(asked["engine"]).open(folder, **asked["options"])
     for _ in range(RUNS):
         session(np.zeros((1, 3, *size), dtype=np.float32))
     print(_peak_rss_bytes())

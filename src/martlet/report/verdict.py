@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from martlet.core.report import Document, Latency, Ratio, Side, Throughput
 from martlet.report.units import MISSING, SAME, compared, count, number, pct, percent, points, quantity, size
 
+NO_CLAIM = "no claim"
 TITLES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
-DISCLAIMER = "Simulated, so no claim about speed or size: no engine has kernels for this arithmetic. "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +45,27 @@ def headline(document: Document) -> str:
 
 def gate(document: Document) -> str:
     """The gate in one line."""
-    return "Gate passed" if document["gate"]["passed"] else headline(document)
+    passed = "Gate passed" if document["gate"]["passed"] else headline(document)
+    return f"{passed} (speed was not judged: it is simulated)" if document["simulated"] else passed
 
 
 def measured(document: Document) -> str:
     """Speed, size and accuracy in one sentence; of a simulated artifact, accuracy alone."""
-    parts = [accuracy(document)]
-    if not document["simulated"]:
+    parts, disclaimer = [accuracy(document)], ""
+    if document["simulated"]:
+        engine = title(document["engine"]["name"])
+        disclaimer = f"Simulated, so no claim about speed or size: {engine} has no kernels for this arithmetic. "
+    else:
         sizes = (document["baseline"]["file_bytes"], document["artifact"]["file_bytes"])
         parts = [faster(document["speedup"]), compared(*sizes, "smaller", "larger", "the same size"), *parts]
     text = f"{', '.join(parts)} {place(document)}"
-    return (DISCLAIMER if document["simulated"] else "") + text[0].upper() + text[1:]
+    return disclaimer + text[0].upper() + text[1:]
 
 
-def faster(speedup: Ratio) -> str:
-    """`2.1× faster`, `1.3× slower`, or that the interval holds 1 and nothing can be said."""
+def faster(speedup: Ratio | None) -> str:
+    """`2.1× faster`, `1.3× slower`, or that the interval holds 1 and nothing can be said; no claim if there is none."""
+    if speedup is None:
+        return NO_CLAIM
     if speedup["low"] <= 1 <= speedup["high"]:
         return "as fast as before (within the spread)"
     return compared(speedup["median"], 1.0, "faster", "slower", "as fast as before")
@@ -107,7 +113,7 @@ def rows(document: Document) -> list[Row]:
         change=faster(document["speedup"]),
         detail=(spread(before["latency_ms"]), spread(after["latency_ms"])),
         claim=True,
-        worse=document["speedup"]["high"] < 1,
+        worse=document["speedup"] is not None and document["speedup"]["high"] < 1,
     )
     measures = [
         latency,
@@ -145,14 +151,16 @@ def spread(latency: Latency) -> str:
     return f"{number(latency['p05'])}–{number(latency['p95'])}, n = {latency['n']:,}"
 
 
-def interval(speedup: Ratio) -> str:
-    """The speed-up with its 90 % bounds."""
+def interval(speedup: Ratio | None) -> str:
+    """The speed-up with its 90 % bounds; no claim if there is none."""
+    if speedup is None:
+        return NO_CLAIM
     return f"{speedup['median']:.2f}× ({speedup['low']:.2f}–{speedup['high']:.2f})"
 
 
 def _disclaimed(row: Row) -> Row:
     row = replace(row, simulated=row.artifact != MISSING)
-    return replace(row, change="no claim" if row.change else "", worse=False) if row.claim else row
+    return replace(row, change=NO_CLAIM if row.change else "", worse=False) if row.claim else row
 
 
 def _accuracy(name: str, before: float | None, after: float | None, n: int) -> Row:

@@ -41,7 +41,7 @@ def load_model(
     torchvision, and what comes with the model elsewhere.
     num_classes: of the classifier, if not the library's.
     model_kwargs: for the library's constructor (`{"img_size": 384}`).
-    trust_code: needed for `file.py:FACTORY`, whose code runs.
+    trust_code: needed for `file.py:FACTORY`, whose code runs, and for artifacts made from one.
     preprocess: fields of Preprocess to change (`{"size": (384, 384)}`).
     seed: of random weights.
 
@@ -58,7 +58,7 @@ def load_model(
         raise UsageError(f"a classifier has at least one class, not {num_classes}")
     library, name = _parse(spec)
     if library == "artifact":
-        return _load_artifact(name, weights, num_classes, model_kwargs, preprocess)
+        return _load_artifact(name, trust_code, weights, num_classes, model_kwargs, preprocess)
     try:
         json.dumps(dict(model_kwargs or {}))
     except TypeError as error:
@@ -145,12 +145,12 @@ def _parse(spec: str) -> tuple[str, str]:
     raise SourceError(f"there is no model {spec!r} (forms: {FORMS})")
 
 
-def _load_artifact(path: str, *options: object) -> Model:
+def _load_artifact(path: str, trust_code: bool, *options: object) -> Model:
     if any(option is not None for option in options):
         raise UsageError(f"{path} is an artifact, with its own weights, classes and preprocessing: name it alone")
     from martlet.core import store
 
-    return store.load(path).model()
+    return store.load(path).model(trust_code=trust_code)
 
 
 def _probe(spec: str, module: nn.Module, size: tuple[int, int]) -> int:

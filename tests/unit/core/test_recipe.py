@@ -142,7 +142,7 @@ def test_a_fact_that_the_model_lacks():
         ("martlet: 1\npasses: int8", "r: passes must be a list"),
         ("martlet: 1\npasses: [3]", "r: passes[0] must be a technique's name, or one name with its settings"),
         ("martlet: 1\npasses: [{fuse: {}, int8: {}}]", "r: passes[0] must be a technique's name, or one name with"),
-        ("martlet: 1\npasses: [fuse, int9]", "r: passes[1]: there is no technique 'int9'; did you mean int8?"),
+        ("martlet: 1\npasses: [fuse, int9]", "r: passes[1]: there is no technique 'int9'; did you mean int8"),
         ("martlet: 1\npasses: [int8: mse]", "r: passes[0] int8: settings must be a mapping"),
         (
             "martlet: 1\npasses: [int8: {range: mse}]",

@@ -187,12 +187,12 @@ class TestLoad:
             assert start != b"PK", f"{file.name} is a zip, as pickled checkpoints are"
 
     def test_no_folder(self, tmp_path):
-        with pytest.raises(ArtifactError, match=r"gone is no artifact: it has no artifact\.json; `martlet compress"):
+        with pytest.raises(UsageError, match=r"gone is no artifact: it has no artifact\.json; `martlet compress"):
             store.load(tmp_path / "gone")
 
     def test_a_file_is_no_artifact(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(ArtifactError, match=r"file is no artifact"):
+        with pytest.raises(UsageError, match=r"file is no artifact"):
             store.load(tmp_path / "file")
 
     def test_a_manifest_that_is_no_json(self, artifact):
@@ -238,7 +238,7 @@ class TestLoad:
         manifest["model"]["origin"]["kwargs"]["embed_dim"] = 48
         edit_manifest(artifact, model=manifest["model"])
         (artifact / "report.json").write_text(
-            json.dumps({"martlet_report": 1, "environment": {"versions": {"torch": "1.2.3", "timm": "4.5.6"}}})
+            json.dumps({"martlet_report": 2, "environment": {"versions": {"torch": "1.2.3", "timm": "4.5.6"}}})
         )
         with pytest.raises(
             ArtifactError, match=r"rebuilds to another structure .*made with torch==1\.2\.3 timm==4\.5\.6"

@@ -3,7 +3,8 @@ import pytest
 import torch
 from tiny_models import VIT_MACS
 
-from martlet.core.errors import ArtifactError
+from martlet import engine as engines
+from martlet.core.errors import UsageError
 from martlet.engine.torch import Torch
 
 
@@ -31,9 +32,15 @@ def test_simulated_rounding_is_no_int8(int8, lowered, images):
     assert {op.precision for op in ops if op.macs} == {"f32"}
 
 
+def test_its_rounding_is_simulated_and_the_other_engines_is_not(vit, int8):
+    assert Torch().simulates(int8("torch"))
+    assert not Torch().simulates(vit)
+    assert not engines.get("openvino").simulates(int8("openvino"))
+
+
 def test_writes_nothing_and_needs_an_artifact(vit, tmp_path):
     assert Torch().lower(vit, tmp_path) == [] == list(tmp_path.iterdir())
-    with pytest.raises(ArtifactError, match="is no artifact"):
+    with pytest.raises(UsageError, match="is no artifact"):
         Torch().open(tmp_path)
 
 

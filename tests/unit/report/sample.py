@@ -85,7 +85,7 @@ def vit_ops(depth: int = 12) -> list[OpTime]:
 def document(**changes: Any) -> Document:
     """A labelled ViT-Ti that passed its gate. `changes` replace top-level fields."""
     doc: Document = {
-        "martlet_report": 1,
+        "martlet_report": 2,
         "created": "2026-03-01T10:22:31+00:00",
         "command": "martlet compress timm:vit_tiny_patch16_224 --weights vit_tiny_patch16_224.in1k.safetensors "
         "--images imagenet1k-sample/test.parquet --recipe int8 --engine openvino --out vit-tiny-int8/",
@@ -175,6 +175,13 @@ def document(**changes: Any) -> Document:
                 {"batch": 32, "images_per_s": 71.5},
             ],
             "peak_rss_bytes": 213_400_000,
+            "coverage": {
+                "macs_pct": {"f32": 100.0},
+                "attention_macs_pct": {"f32": 100.0},
+                "time_pct": {"f32": 100.0},
+                "source": "OpenVINO runtime model",
+                "ops": [],
+            },
         },
         "artifact": {
             "engine": "openvino",
@@ -193,6 +200,13 @@ def document(**changes: Any) -> Document:
                 {"batch": 32, "images_per_s": 176.0},
             ],
             "peak_rss_bytes": None,
+            "coverage": {
+                "macs_pct": {"f32": 0.6, "i8": 99.4},
+                "attention_macs_pct": {"f32": 4.2, "i8": 95.8},
+                "time_pct": {"f32": 15.7, "i8": 84.3},
+                "source": "OpenVINO runtime model",
+                "ops": vit_ops(),
+            },
         },
         "alternatives": [
             {
@@ -203,13 +217,6 @@ def document(**changes: Any) -> Document:
         ],
         "speedup": {"median": 2.12, "low": 2.07, "high": 2.18},
         "fidelity": {"top1_agreement_pct": 98.6, "kl_mean": 0.00431, "logit_sqnr_db": 24.9, "n_images": 500},
-        "coverage": {
-            "macs_pct": {"f32": 0.6, "i8": 99.4},
-            "attention_macs_pct": {"f32": 4.2, "i8": 95.8},
-            "time_pct": {"f32": 15.7, "i8": 84.3},
-            "source": "OpenVINO runtime model",
-            "ops": vit_ops(),
-        },
         "layers": vit_layers(),
         "bits": {
             "weights": 8,
@@ -236,7 +243,7 @@ def document(**changes: Any) -> Document:
             }
             for i in range(4)
         ],
-        "gate": {"passed": True, "reasons": []},
+        "gate": {"passed": True, "reasons": [], "judged": ["speed", "size"]},
         "seconds": {"load": 1.3, "calibrate": 21.7, "quantize": 16.9, "lower": 9.8, "measure": 71.2, "total": 120.9},
     }
     return {**doc, **changes}  # type: ignore[typeddict-item, return-value]
@@ -260,6 +267,7 @@ def failed() -> Document:
                 "1.3× slower than the baseline",
                 "top-1 fell 2.4 points, more than the 1.0 allowed (most expensive in float: /blocks.0/av/MatMul)",
             ],
+            "judged": ["speed", "size", "top-1"],
         },
         speedup={"median": 0.77, "low": 0.74, "high": 0.81},
     )
@@ -268,7 +276,8 @@ def failed() -> Document:
 
 
 def simulated() -> Document:
-    doc = document(simulated=True)
+    doc = document(simulated=True, speedup=None)
+    doc["gate"]["judged"] = ["size"]
     doc["bits"] |= {"weights": 3, "softmax_output": "log2, 4 bits"}
     return doc
 
@@ -283,7 +292,6 @@ def bare() -> Document:
         "bits": {},
         "examples": [],
         "seconds": {},
-        "coverage": {"macs_pct": {}, "attention_macs_pct": {}, "time_pct": {}, "source": "nothing", "ops": []},
         "fidelity": {"top1_agreement_pct": 100.0, "kl_mean": 0.0, "logit_sqnr_db": math.inf, "n_images": 64},
     }
     doc["data"] = {"images": None, "calibration": None}
@@ -291,6 +299,7 @@ def bare() -> Document:
     doc["engine"] |= {"threads": None, "settings": {}}
     for side in (doc["baseline"], doc["artifact"]):
         side["throughput"], side["peak_rss_bytes"] = [], None
+        side["coverage"] = {"macs_pct": {}, "attention_macs_pct": {}, "time_pct": {}, "source": "nothing", "ops": []}
     return doc
 
 
@@ -299,8 +308,8 @@ def deep() -> Document:
     doc = document(layers=vit_layers(25)[:150])
     doc["layers"][70] = {"name": "stages.3.blocks." + "a_very_long_module_name." * 6, "kind": "Conv2d", "sqnr_db": -7.5}
     doc["layers"][71]["sqnr_db"] = math.inf
-    doc["coverage"]["macs_pct"] = {"f32": 4.0, "bf16": 21.0, "i8": 55.0, "u4": 12.0, "nf3": 8.0}
-    doc["coverage"]["ops"] = vit_ops(40)
+    doc["artifact"]["coverage"]["macs_pct"] = {"f32": 4.0, "bf16": 21.0, "i8": 55.0, "u4": 12.0, "nf3": 8.0}
+    doc["artifact"]["coverage"]["ops"] = vit_ops(40)
     doc["model"]["name"] = "timm:" + "vit_" * 40
     return doc
 

@@ -33,6 +33,7 @@ def test_simulated_and_missing_are_said() -> None:
     text = printed(sample.simulated())
     assert "6.93 ms (simulated)" in text
     assert "faster" not in text
+    assert "Gate passed (speed was not judged" in text
     assert "not measured" in printed(sample.bare())
 
 

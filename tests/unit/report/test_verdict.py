@@ -18,7 +18,9 @@ def test_failed_says_why_and_still_gives_the_numbers() -> None:
     assert headline.startswith("The gate failed: 1.3× slower than the baseline; top-1 fell 2.4 points")
     assert verdict.gate(sample.failed()) == headline
     assert verdict.measured(sample.failed()).startswith("1.3× slower, 3.9× smaller, top-1 81.2 → 78.8 %")
-    assert verdict.headline(sample.document(gate={"passed": False, "reasons": []})).endswith("it gave no reason")
+    assert verdict.headline(sample.document(gate={"passed": False, "reasons": [], "judged": []})).endswith(
+        "it gave no reason"
+    )
 
 
 def test_without_labels_the_two_are_compared_with_each_other() -> None:
@@ -31,6 +33,8 @@ def test_simulated_claims_no_speed_and_no_size() -> None:
     sentence = verdict.headline(sample.simulated())
     assert sentence.startswith("Simulated, so no claim about speed or size")
     assert "Top-1 81.2 → 81.0 %" in sentence
+    assert "OpenVINO has no kernels" in sentence
+    assert verdict.gate(sample.simulated()) == "Gate passed (speed was not judged: it is simulated)"
     rows = {row.name: row for row in verdict.rows(sample.simulated())}
     for name in ("Latency, median", "Best throughput", "File size", "Weights"):
         assert rows[name].simulated
