@@ -84,7 +84,7 @@ def drop_quantization(
 ) -> Tensor:
     """`rounded`, but each value for itself is x instead with the probability drop_ratio.
 
-    Source: QDrop, equation 9, element by element. Shapes are the same, and any.
+    Source: QDrop, element by element. Shapes are the same, and any.
 
     Raises:
         ValueError: drop_ratio isn't from 0 to 1, or shapes differ.

@@ -96,7 +96,7 @@ def gptq(
     column whose input is always 0 is rounded as it is, and moves no other. `block_size` is for speed; it changes no
     result but by floating-point rounding. All is computed in float64; results have the weight's type.
 
-    Source: Frantar et al., GPTQ, 2023, arXiv 2210.17323, equations 2 and 3 and algorithm 1, with the Cholesky factor of
+    Source: Frantar et al., GPTQ, 2023, arXiv 2210.17323, equation 2 and algorithm 1, with the Cholesky factor of
     the inverse. Differs: the official code fits a group that starts within a block to weights which miss the updates
     from that block; here a block ends where a group does. It sets the columns without input to 0.
 
@@ -141,7 +141,7 @@ def gptq(
             value = grid.dequantize(code, parameters)
             codes[:, start + j], rounded[:, start + j] = code[:, 0], value[:, 0]
             errors[:, j] = (column - value)[:, 0] / local[j, j]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * local[j, j + 1 :]  # equation 3
+            block[:, j + 1 :] -= errors[:, j : j + 1] * local[j, j + 1 :]  # equation 2
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     back = torch.argsort(order)
     parameters = torch.stack([p for p in fitted if p is not None], 1).to(weight.dtype)  # (o, groups, p)

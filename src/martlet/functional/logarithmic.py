@@ -32,10 +32,10 @@ class LogarithmicGrid:
     instead. `scale` is positive, a scalar or broadcastable to the values. `shift` is for values that go below 0:
     GELU_SHIFT after a GELU. `rounded` takes the integer form's values, whose fraction of two has `bits` bits.
 
-    Source: Lin et al., FQ-ViT, 2022, arXiv 2111.13824, equation 10 (log2); Li et al., RepQ-ViT, 2023, arXiv 2212.08254,
-    equations 15 to 17 (log√2); Wu et al., AdaLog, 2024, arXiv 2407.12951, section 3.2 (any base, integer form) and 3.3
-    (shift). Differs: the official code of the latter two gives 0 to every value beyond the last code and still keeps
-    that code, which is 2^bits + 1 values; here zero has a code of its own, or there is none.
+    Source: Lin et al., FQ-ViT, 2022, arXiv 2111.13824 (log2 of the attention map); Li et al., RepQ-ViT, 2023, arXiv
+    2212.08254 (log√2); Wu et al., AdaLog, 2024, arXiv 2407.12951 (any base, its integer form, the shift). Differs: the
+    official code of the latter two gives 0 to every value beyond the last code and still keeps that code, which is
+    2^bits + 1 values; here zero has a code of its own, or there is none.
 
     Raises:
         ValueError: bits not from 2 to 8, a scale or a fraction that isn't positive.
@@ -95,7 +95,7 @@ class LogarithmicGrid:
 def sqrt2_as_log2(codes: UInt8[Tensor, "*s"], scale: Tensor) -> tuple[UInt8[Tensor, "*s"], Tensor]:
     """Shifts and scales with which a log√2 grid's codes are read as log2: scale · √2^-k = scales · 2^-shifts.
 
-    shifts = ⌈k / 2⌉; odd codes have √2 times the scale. Source: RepQ-ViT, equations 16 and 17.
+    shifts = ⌈k / 2⌉; odd codes have √2 times the scale. Source: RepQ-ViT, scale reparameterization for softmax.
     """
     odd = codes % 2
     return codes // 2 + odd, torch.where(odd.bool(), scale * 2**0.5, scale)
@@ -106,7 +106,7 @@ def fold_shift(
 ) -> Float[Tensor, " o"]:
     """The bias with which a linear layer that is given x + shift answers as to x: b - W shift.
 
-    With the rounded weight the layer runs with, this is exact. Source: AdaLog, section 3.3.
+    With the rounded weight the layer runs with, this is exact. Source: AdaLog, bias reparameterization.
     """
     moved = (weight * shift).sum(1)
     return -moved if bias is None else bias - moved
@@ -118,7 +118,7 @@ class ShiftUniformLog2Grid:
 
     Rounding after the uniform steps keeps every value a power of two, so several codes may share one where step < 1.
 
-    Source: Zhong et al., I&S-ViT, 2023, arXiv 2311.10126, section 3.3. Differs: the uniform part starts at `low`, as in
+    Source: Zhong et al., I&S-ViT, 2023, arXiv 2311.10126 (SULQ). Differs: the uniform part starts at `low`, as in
     the official code, and not at an integer zero point. That code, once calibrated, divides the range into one step
     more than bits allow (2^bits + 1 codes); here there are 2^bits.
 
@@ -160,7 +160,7 @@ class ShiftUniformLog2Grid:
 def search_shift(x: Tensor, bits: int, shifts: Sequence[float] = SULQ_SHIFTS) -> ShiftUniformLog2Grid:
     """The SULQ grid over x's range whose shift gives the least squared error on x, which is at least 0.
 
-    Source: I&S-ViT, section 3.3; the shifts to choose from are the official code's.
+    Source: I&S-ViT; the shifts to choose from are the official code's.
 
     Raises:
         ValueError: x has a negative value, or only one value.

@@ -8,37 +8,46 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from martlet.functional.smoothing import smoothquant_factors
+
 
 @dataclass(frozen=True)
-class ScaleReparameterization:
-    """X' = (X + offset) / ratio: channels (C) whose own grids become the one grid (scale, zero_point).
+class ChannelChange:
+    """X' = (X + offset) / ratio for the channels (C) between a normalization and the linear layers that read it.
 
-    Rounding X' to that grid gives the codes that rounding each channel of X to its own grid gives. Moved into the
-    normalization before and the linear layers after, the float model doesn't change. Linear layers that share the
-    normalization all take `into_linear`.
-
-    Source: Li et al., RepQ-ViT, 2023, arXiv 2212.08254, section 4.2: ratio is r1 = s / s~, offset is s r2 with
-    r2 = z - z~. RepQuant (arXiv 2402.05628), I&S-ViT (arXiv 2311.10126) and AdaLog (arXiv 2407.12951) take the same.
+    Moved into both, the float model doesn't change. Linear layers that share the normalization all take `into_linear`.
     """
 
     ratio: Float[Tensor, " c"]
     offset: Float[Tensor, " c"]
-    scale: Float[Tensor, ""]
-    zero_point: Float[Tensor, ""]
 
     def into_norm(
         self, weight: Float[Tensor, " c"], bias: Float[Tensor, " c"] | None
     ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-        """Weight γ / r1 and bias (β + s r2) / r1 of the normalization, whose bias may be missing."""
+        """Weight γ / ratio and bias (β + offset) / ratio of the normalization, whose bias may be missing."""
         moved = self.offset if bias is None else bias + self.offset
         return weight / self.ratio, moved / self.ratio
 
     def into_linear(
         self, weight: Float[Tensor, "o c"], bias: Float[Tensor, " o"] | None
     ) -> tuple[Float[Tensor, "o c"], Float[Tensor, " o"]]:
-        """Weight r1 W and bias b - W (s r2) of a linear layer that reads the normalization, which may have no bias."""
+        """Weight ratio W and bias b - W offset of a linear layer, whose bias may be missing."""
         moved = -(weight @ self.offset)
         return weight * self.ratio, moved if bias is None else bias + moved
+
+
+@dataclass(frozen=True)
+class ScaleReparameterization(ChannelChange):
+    """The change with which channels whose grids differ all take the one grid (scale, zero_point).
+
+    Rounding X' to that grid gives the codes that rounding each channel of X to its own grid gives.
+
+    Source: Li et al., RepQ-ViT, 2023, arXiv 2212.08254: ratio is r1 = s / s~, offset is s r2 with
+    r2 = z - z~. RepQuant (arXiv 2402.05628), I&S-ViT (arXiv 2311.10126) and AdaLog (arXiv 2407.12951) take the same.
+    """
+
+    scale: Float[Tensor, ""]
+    zero_point: Float[Tensor, ""]
 
 
 def reparameterize_scales(
@@ -49,7 +58,7 @@ def reparameterize_scales(
 ) -> ScaleReparameterization:
     """The change from one grid a channel to one for all, whose scale and zero point default to the channels' means.
 
-    Source: RepQ-ViT, section 4.2. The mean zero point is rounded, as AdaLog does: RepQ-ViT's and I&S-ViT's code leave
+    Source: RepQ-ViT. The mean zero point is rounded, as AdaLog does: RepQ-ViT's and I&S-ViT's code leave
     it a fraction, which no integer grid has. The float model stays the same whatever the target.
 
     Raises:
@@ -76,3 +85,14 @@ def median_scale(scale: Float[Tensor, " c"]) -> Float[Tensor, ""]:
     Source: Yang et al., DopQ-ViT, 2024, arXiv 2408.03291, MOSF. Of an even number PyTorch's median is the lower.
     """
     return torch.quantile(scale, 0.5)
+
+
+def smooth_with_bias(
+    low: Float[Tensor, " c"], high: Float[Tensor, " c"], weight_amax: Float[Tensor, " c"], alpha: float = 0.5
+) -> ChannelChange:
+    """SQ-b: each channel moved to the middle of its range first, and then smoothed as SmoothQuant does.
+
+    The offset is -(low + high) / 2; the ratio is SmoothQuant's factor of what is left, (high - low) / 2, and of the
+    greatest magnitude of the weights that read the channel. Source: Tai and Wu, MPTQ-ViT, 2024, arXiv 2401.14895.
+    """
+    return ChannelChange(smoothquant_factors((high - low) / 2, weight_amax, alpha), -(low + high) / 2)

@@ -83,7 +83,7 @@ def progressive_search(
     ones each, that spread evenly over `spacing` around them; and so on, `steps` rounds in all, in which the spacing
     shrinks by `splits`. Errors are asked for len(pairs) + (steps - 1) · width · splits times.
 
-    Source: Wu et al., AdaLog, 2024, arXiv 2407.12951, section 3.4 and algorithm 1 (FPCS); the defaults are the official
+    Source: Wu et al., AdaLog, 2024, arXiv 2407.12951 (FPCS); the defaults are the official
     code's. Differs: that code's new ones reach the ends of the interval, so that neighbours share them, and takes the
     best of the last round; here they tile it, and the best of all rounds is kept.
 
@@ -135,7 +135,7 @@ def search_affine(
     """Scale and zero point with the least error of x, by progressive search.
 
     Starts from 8 scales, over ranges from between the quantiles 1 - keep and keep of x to all of it, each with up to 16
-    zero points around the one that min and max give. Source: AdaLog, section 3.4. Differs: its code takes the zero
+    zero points around the one that min and max give. Source: AdaLog. Differs: its code takes the zero
     points around 2^(bits - 1), which at more than 4 bits leaves one-sided tensors out.
 
     Raises:
@@ -177,7 +177,7 @@ def search_logarithmic(
 
     A softmax has scale 1. Otherwise the 8 best bases for the full range are combined with 16 scales, from the quantile
     `keep` of the positive values to the greatest, and searched progressively, 32 kept and split into 4 each time.
-    Source: AdaLog, section 3.4; the numbers are the official code's.
+    Source: AdaLog; the numbers are the official code's.
 
     Raises:
         ValueError: bits not from 2 to 8, keep not in (0.5, 1), no numerator, or x + shift is nowhere positive.

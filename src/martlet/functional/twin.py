@@ -65,7 +65,7 @@ class TwinGeluGrid:
     """Codes in two's complement: negative ones are multiples of `fine`, the others of `coarse` = 2^exponent fine.
 
     fine = GELU_SHIFT / 2^(bits - 1), so that the least code is the least that a GELU gives; the negative exponents are
-    for layers whose values stay small. Differs: coarse is a power of two times fine, as the paper asks (equation 6);
+    for layers whose values stay small. Differs: coarse is a power of two times fine, as the paper asks;
     the official code leaves it free.
 
     Raises:

@@ -1,6 +1,6 @@
 """GPTQ against Optimal Brain Quantization's update with an explicit inverse at every step, in plain Python and float64.
 
-Frantar et al., GPTQ, arXiv 2210.17323, equations 2 and 3; Sung et al., RSQ, arXiv 2503.01820.
+Frantar et al., GPTQ, arXiv 2210.17323, equation 2; Sung et al., RSQ, arXiv 2503.01820.
 """
 
 from collections.abc import Callable, Sequence

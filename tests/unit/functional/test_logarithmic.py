@@ -122,7 +122,7 @@ def test_log2_of_an_integer_form_is_exact():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_sqrt2_read_as_log2_is_the_same_value(bits):
-    """RepQ-ViT, equations 15 to 17: √2^-k = 2^floor(-k / 2) times 1, or √2 where k is odd."""
+    """RepQ-ViT: √2^-k = 2^floor(-k / 2) times 1, or √2 where k is odd."""
     scale = 0.7 * ONE
     codes = torch.arange(2**bits).byte()
     shifts, scales = sqrt2_as_log2(codes, scale)
