@@ -14,6 +14,8 @@ class Fact(StrEnum):
     """The model is an editable `nn.Module`; broken by the trace that graph techniques need."""
     GRAPH = "graph"
     """The model is, or can be traced to, an editable graph; broken by settings of the engine."""
+    ALL_TOKENS = "all_tokens"
+    """Every block computes every token."""
     UNFUSED = "unfused"
     """Batch norms and training-time branches still stand apart."""
     FLOAT_WEIGHTS = "float_weights"

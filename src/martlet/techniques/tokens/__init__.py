@@ -1,0 +1,1 @@
+"""Fewer tokens in later blocks."""

@@ -1,0 +1,395 @@
+"""Fewer tokens from a block on: the one mechanism under every technique that reduces them.
+
+`install_` makes the first block that reduces run all blocks from there to the last, and these pass on what they get. So
+what travels between blocks besides x, the sizes of tokens, is a local variable and no state of the model. The modules
+stay where they were, with their names and parameters, and so does the view.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from martlet.core.errors import NumericsError, RecipeError, SourceError
+from martlet.core.facts import Fact
+from martlet.core.model import Model
+from martlet.core.technique import Context, Stage, Technique
+from martlet.functional.tokens import Reduction, merge, sizes, unmerge
+from martlet.vit.view import AttentionView, BlockView, LinearView, Part, VitView, view
+
+MAX_RELATIVE_ERROR = 1e-3
+"""Of the logits, in the Euclidean norm, when blocks are run from their parts. Rounding gives under 1e-5."""
+
+
+class Patches(NamedTuple):
+    """Which tokens are patches.
+
+    first: the number of the first; before it come class, distillation and register tokens, which are never reduced.
+    grid: patches (down, across) while they stand in row order; None after a reduction.
+    """
+
+    first: int
+    number: int
+    grid: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> range:
+        return range(self.first, self.first + self.number)
+
+
+class Tokens(NamedTuple):
+    """What a reduction may look at: the tokens of a block after its attention was added.
+
+    x: (B, N, C). query, key, value: (B, N, H D), as the projections give them, before any norm of heads.
+    log_size: (B, N), how many patches each token stands for; None while each stands for itself.
+    """
+
+    block: BlockView
+    x: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_size: Tensor | None
+    patches: Patches
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, H D) -> (B, N, H, D)."""
+        return x.unflatten(-1, (self.block.attention.num_heads, self.block.attention.head_dim))
+
+    def class_attention(self) -> Tensor:
+        """Mean over heads of how much the class token attends to each token, (B, N).
+
+        Computed anew, from one query, so that the block's own attention stays a whole that engines have a kernel for.
+        """
+        attention = self.block.attention
+        query = _through(attention.query_norm, self.heads(self.query[:, :1]))  # (B, 1, H, D)
+        key = _through(attention.key_norm, self.heads(self.key))  # (B, N, H, D)
+        scores = (query * key).sum(-1) * attention.scale  # (B, N, H)
+        if self.log_size is not None:
+            scores = scores + self.log_size[..., None]
+        return scores.softmax(1).mean(-1)
+
+
+class Decision(NamedTuple):
+    """What a technique decides: the reduction, and the weights (B, N) of its means; None weighs by size."""
+
+    reduction: Reduction
+    weights: Tensor | None = None
+
+
+Decide = Callable[[Tokens], Decision]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRun:
+    """Runs blocks one after the other, from tokens (B, N, C) to tokens.
+
+    decide: by position in `blocks`, what happens between a block's attention and its MLP.
+    proportional: add the log of each token's size to the scores of the blocks that follow (Bolya et al., Token Merging,
+        2023, arXiv 2210.09461, equation 1), so that a merged token weighs as much as those it stands for.
+    num_read: the last block computes only so many leading tokens, the others being read by nobody; None for all, which
+        are then given back in their original number: each takes the value of its group.
+    Dropout inside attention isn't run; the model is for inference.
+    """
+
+    blocks: tuple[BlockView, ...]
+    patches: Patches
+    decide: Mapping[int, Decide] = field(default_factory=dict)
+    proportional: bool = True
+    num_read: int | None = None
+
+    def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
+        if any(isinstance(other, Tensor) for other in (*others, *more.values())):
+            raise SourceError(
+                f"the blocks from {self.blocks[0].name} on got an attention mask, which reduced tokens can't take"
+            )
+        size = log_size = None
+        patches, done = self.patches, list[Reduction]()
+        for i, block in enumerate(self.blocks):
+            queries = self.num_read if i == len(self.blocks) - 1 else None
+            attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
+            x = x[:, :queries] if queries else x
+            x = x + _residual(block, attended, first=True)
+            if i in self.decide:
+                reduction, weights = self.decide[i](Tokens(block, x, query, key, value, log_size, patches))
+                x = merge(x, reduction, size if weights is None else weights)
+                patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
+                if self.proportional:
+                    size = sizes(torch.ones_like(query[..., 0]) if size is None else size, reduction)
+                    log_size = size.log()
+                done.append(reduction)
+            x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
+        if not self.num_read:
+            for reduction in reversed(done):
+                x = unmerge(x, reduction)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class _Attend:
+    """A block's attention, with sizes of tokens in its scores and for some leading queries only."""
+
+    attention: AttentionView
+
+    def __call__(
+        self, x: Tensor, log_size: Tensor | None = None, queries: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From x (B, N, C) to its attention (B, queries or N, C), and query, key and value (B, N, H D)."""
+        attention = self.attention
+        query, key, value = _project(attention, x)
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)  # (B, H, N, D)
+
+        out = functional.scaled_dot_product_attention(
+            _through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
+            _through(attention.key_norm, heads(key)),
+            heads(value),
+            attn_mask=None if log_size is None else log_size[:, None, None],
+            scale=attention.scale,
+        )
+        out = out.transpose(1, 2).flatten(2)  # (B, N, H D)
+        return _linear(attention.proj, _through(attention.norm, out)), query, key, value
+
+
+def _pass(x: Tensor, *others: object, **more: object) -> Tensor:
+    """The forward of a block that an earlier one has run."""
+    return x
+
+
+def install_(run: TokenRun) -> None:
+    """Makes the first block of the run do the work of all. What was installed before is replaced."""
+    first, *others = run.blocks
+    first.module.forward = run
+    for block in others:
+        block.module.forward = _pass
+    for block in run.blocks:
+        block.attention.module.forward = _Attend(block.attention)
+
+
+class Reading(NamedTuple):
+    """How many tokens the blocks get, and how many leading ones of the last block's are read; None if more are."""
+
+    num_tokens: int
+    num_read: int | None
+
+
+def reading(model: Model, vit: VitView) -> Reading:
+    """Found by running the model: a token is read if NaN in its place makes the logits NaN."""
+    last, seen, num_read = vit.blocks[-1], [0], None
+
+    def poison(y: object, num_read: int | None) -> Tensor:
+        if not isinstance(y, Tensor) or y.ndim != 3:
+            raise SourceError(f"{type(last.module).__name__} at {last.name} doesn't give tokens (B, N, C)")
+        seen.append(y.shape[1])
+        return y if num_read is None else y.index_fill(1, torch.arange(num_read, y.shape[1]), float("nan"))
+
+    for num_read in (*range(1, vit.tokens.num_prefix + 1), None):
+        handle = last.module.register_forward_hook(lambda _, __, y, num_read=num_read: poison(y, num_read))
+        try:
+            if not _logits(model).isnan().any():
+                break
+        finally:
+            handle.remove()
+    return Reading(seen[-1], num_read)
+
+
+def patches_of(vit: VitView, num_tokens: int) -> Patches:
+    """The patches among so many tokens; they have places if none is missing."""
+    first = vit.tokens.num_prefix
+    return Patches(first, num_tokens - first, vit.tokens.grid if vit.tokens.num_tokens == num_tokens else None)
+
+
+def check_global(vit: VitView, technique: str) -> None:
+    """Raises:
+    SourceError: attention is inside windows.
+    """
+    for block in vit.blocks:
+        if block.attention.window is not None:
+            raise SourceError(
+                f"{technique}: attention at {block.name} is inside windows, which need all their tokens; it takes "
+                "models whose attention is global, such as ViT, DeiT and DINOv2"
+            )
+
+
+def run_from_parts_(model: Model, vit: VitView, first: int, technique: str) -> None:
+    """Runs the blocks from `first` on by their parts in the view, for a technique to change how.
+
+    Raises:
+        NumericsError: that gives other logits than the blocks themselves.
+    """
+    before = _logits(model)
+    install_(TokenRun(vit.blocks[first:], Patches(0, 0, None)))
+    error = (_logits(model) - before).norm() / before.norm()
+    if not error <= MAX_RELATIVE_ERROR:  # NaN too
+        raise NumericsError(
+            f"{technique}: from {vit.blocks[first].name} on, {model.name} computes something that the parts of its "
+            f"blocks don't (the logits differ by {float(error):.1%}); leave {technique} out of the recipe"
+        )
+
+
+def _logits(model: Model) -> Tensor:
+    """Of one image of noise."""
+    images = torch.randn(1, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.module.eval()(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReduction(Technique):
+    """What all techniques share that leave later blocks fewer tokens. See `r` in any of them."""
+
+    stage: ClassVar[Stage] = Stage.MODULE
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
+    proportional: ClassVar[bool] = True
+    """Later attention knows how many patches a token stands for."""
+
+    r: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", _schedule(self.name, self.r))
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        return settings | {"r": dict(self.r)} if isinstance(self.r, tuple) else settings
+
+    def asks_class_token(self) -> bool:
+        """Whether it needs to know what the class token attends to."""
+        return False
+
+    @abstractmethod
+    def decide(self, r: int) -> Decide:
+        """What removes r tokens."""
+
+    @abstractmethod
+    def most(self, patches: Patches) -> int:
+        """How many tokens can go at once."""
+
+    @abstractmethod
+    def default(self, patches: Patches, depth: int) -> dict[int, int]:
+        """The schedule without one."""
+
+    def check(self, model: Model) -> None:
+        self._plan(model, view(model.module))
+
+    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
+        vit = view(model.module)
+        found, schedule = self._plan(model, vit)
+        record = {"removed": [*map(list, schedule.items())], "num_tokens": found.num_tokens, "num_read": found.num_read}
+        if schedule:
+            run_from_parts_(model, vit, min(schedule), self.name)
+            self.restore_(model, record)
+        return record
+
+    def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
+        schedule = dict(record["removed"])
+        if not schedule:
+            return
+        vit, first = view(model.module), min(schedule)
+        decide = {block - first: self.decide(r) for block, r in schedule.items()}
+        patches = patches_of(vit, record["num_tokens"])
+        install_(TokenRun(vit.blocks[first:], patches, decide, self.proportional, record["num_read"]))
+
+    def _plan(self, model: Model, vit: VitView) -> tuple[Reading, dict[int, int]]:
+        """What the model reads, and the tokens removed by block, those that can change nothing left out.
+
+        Raises:
+            SourceError: windows. RecipeError: a block that isn't there, or more tokens than there are.
+        """
+        check_global(vit, self.name)
+        found, depth = reading(model, vit), len(vit.blocks)
+        patches = patches_of(vit, found.num_tokens)
+        if self.r is None:
+            schedule = self.default(patches, depth)
+        elif isinstance(self.r, int):
+            schedule = dict.fromkeys(range(depth), self.r)
+        else:
+            schedule = dict(self.r)
+        kept: dict[int, int] = {}
+        for block, r in sorted(schedule.items()):
+            if block >= depth:
+                raise RecipeError(f"{self.name}: r names block {block}; {model.name} has the blocks 0 to {depth - 1}")
+            if r == 0 or (block == depth - 1 and found.num_read):  # nobody reads what it would change
+                continue
+            name = vit.blocks[block].name
+            if self.asks_class_token() and not vit.tokens.class_token:
+                raise RecipeError(
+                    f"{self.name} asks at {name} what the class token attends to, and {model.name} has none; "
+                    "tome with informativeness 0 needs none"
+                )
+            if r > (most := self.most(patches)):
+                raise RecipeError(
+                    f"{self.name}: r removes {r} tokens at {name}, where {patches.number} patches are left; at most "
+                    f"{most} of them can go there"
+                )
+            kept[block] = r
+            patches = Patches(patches.first, patches.number - r, None)
+        return found, kept
+
+
+def _schedule(name: str, r: Any) -> Any:
+    """A schedule in one hashable form: a number, or pairs (block, tokens) in the order of blocks.
+
+    Raises:
+        RecipeError: neither a number of tokens nor a mapping from block to one.
+    """
+    if r is None or _is_count(r):
+        return r
+    if isinstance(r, tuple):
+        r = dict(r)
+    if isinstance(r, Mapping):
+        by_block = {
+            int(b) if isinstance(b, str) and b.isdigit() else b: n for b, n in r.items()
+        }  # JSON's keys are text
+        if all(map(_is_count, (*by_block, *by_block.values()))):
+            return tuple(sorted(by_block.items()))
+    raise RecipeError(
+        f"{name}: r is {r!r}; it can be the tokens to remove in every block (r: 8), or in some (r: {{4: 64, 8: 32}})"
+    )
+
+
+def _is_count(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 0
+
+
+def _before(block: BlockView, x: Tensor, first: bool = True) -> Tensor:
+    norm = block.norm1 if first else block.norm2
+    return x if block.post_norm else norm.module(x)
+
+
+def _residual(block: BlockView, y: Tensor, first: bool) -> Tensor:
+    """What is added to x of what attention (first) or the MLP gave."""
+    norm = block.norm1 if first else block.norm2
+    y = norm.module(y) if block.post_norm else y
+    y = _through(block.layer_scale1 if first else block.layer_scale2, y)
+    return _through(block.drop_path1 if first else block.drop_path2, y)
+
+
+def _through(part: Part | None, x: Tensor) -> Tensor:
+    return x if part is None else part.module(x)
+
+
+def _project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, (B, N, H D) each, from one Linear or three."""
+    maps = (attention.query, attention.key, attention.value)
+    if not attention.is_fused:
+        query, key, value = (_linear(each, x) for each in maps)
+        return query, key, value
+    order = sorted(range(3), key=lambda i: maps[i].rows.start)
+    parts = _linear(maps[0], x).split([maps[i].rows.stop - maps[i].rows.start for i in order], -1)
+    query, key, value = (parts[order.index(i)] for i in range(3))
+    return query, key, value
+
+
+def _linear(map_: LinearView, x: Tensor) -> Tensor:
+    """All rows of the Linear that a map is part of."""
+    if isinstance(map_.module, nn.Linear):
+        return map_.module(x)
+    return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
