@@ -1,4 +1,5 @@
 import builtins
+import subprocess
 import sys
 
 import onnx
@@ -50,3 +51,12 @@ def test_fused_kernels_are_found_by_what_they_were_called():
     assert _attribute([first, second], executed) == {"a.fc/MatMul/MatMulScaleFusion/": first, "x": second}
     with pytest.raises(EngineError, match=r"a\.fc/MatMul_2 in 0 operations"):
         _attribute([first, second], {"a.fc/MatMul": ("a.fc/MatMul",)})
+
+
+def test_running_a_file_needs_no_torch(vit, lowered):
+    """A process that only runs the file, whose memory is measured, holds the engine and not what made the file."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom martlet import engine\n"
+        "engine.get('onnxruntime').open(Path(sys.argv[1]), threads=1)\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, lowered(vit, "onnxruntime")], check=True)
