@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from martlet.core.errors import ArtifactError
 
-VERSION = 2
+VERSION = 1
 
 
 class Latency(TypedDict):

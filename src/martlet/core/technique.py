@@ -70,7 +70,7 @@ class Int8Form:
 
     activation_signed: inputs of Linear and convolution are s8 (else u8 with a zero point).
     attention_signed: the operands of an attention product that are no softmax output are s8 without zero point.
-    add: both inputs of an addition that a convolution feeds are rounded too.
+    add: both inputs of an addition that a convolution feeds and a convolution reads are rounded too.
     hoist: kernels pass integers through reshapes and transposes, so roundings move up to where values are computed.
     """
 

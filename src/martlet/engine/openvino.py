@@ -14,6 +14,7 @@ import numpy as np
 
 from martlet.core.errors import EngineError
 from martlet.core.report import cpu_flags
+from martlet.core.technique import Int8Form
 from martlet.engine.base import Engine, Op, Session, check_images, cores, file_in
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class OpenVINO(Engine):
     """Intermediate representation (`model.xml`, `model.bin`), compiled for the CPU at a stated precision."""
 
     name: ClassVar[str] = "openvino"
+    int8: ClassVar[Int8Form] = Int8Form(add=True)
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16", "f16")
     profile_source: ClassVar[str] = "OpenVINO runtime model"
 

@@ -10,6 +10,8 @@ from martlet.core.errors import NumericsError
 from martlet.functional.affine import affine_parameters, dequantize, quantize
 
 BINS = 4096
+SHRINKS = (1.0, 0.85, 0.72, 0.61, 0.52, 0.44, 0.36)
+"""Shares of the full range that `candidates` clips to."""
 
 
 class Histogram:
@@ -87,6 +89,29 @@ class Histogram:
         around = torch.linspace(1.25, 0.5, steps, dtype=torch.float64)
         low, high = best((low * around).clamp(min=self.low), torch.full_like(around, high))
         return best(torch.full_like(around, low), (high * around).clamp(max=self.high))
+
+
+def candidates(histogram: Histogram, dtype: torch.dtype, symmetric: bool) -> list[tuple[float, float]]:
+    """Ranges to choose among: the least squared error's, and the full one with both ends clipped, or the far one."""
+    low, high = histogram.low, histogram.high
+    both = [(low * share, high * share) for share in SHRINKS]
+    far = [(low, high * share) for share in SHRINKS[1:]] if -high < 2 * low < 0 and not symmetric else []
+    return [histogram.mse(dtype, symmetric), *both, *far]
+
+
+def first_order_error(
+    x: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], grid: tuple[Tensor, Tensor]
+) -> Float[Tensor, " b"]:
+    """(gradient · e)² of each image, for the error e of rounding x to a grid (scale, zero point) of one tensor.
+
+    With the gradient of r · logits for random signs r, its expectation is |J e|²: the squared error of the logits to
+    first order, in which errors of one tensor add up or cancel. Source: the Hessian-guided metric of Yuan et al.,
+    PTQ4ViT, 2022, arXiv 2111.12293. Differs: theirs takes the Hessian's diagonal alone, which
+    misses that clipped values err in one direction together.
+    """
+    scale, zero = grid
+    error = dequantize(quantize(x, scale, zero), scale, zero) - x
+    return (gradient * error).flatten(1).sum(1).square()
 
 
 def quantization_mse(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from martlet.functional.affine import affine_parameters, dequantize, quantize
 
-ALPHAS = (0.25, 0.5, 0.75, 1.0)
+ALPHAS = (0.25, 0.5, 0.75)
+"""Up to where a channel's greatest value, known from a few images, doesn't decide alone."""
 
 
 def smoothquant_factors(

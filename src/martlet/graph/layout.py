@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from martlet.graph.rounding import tensor
-from martlet.graph.sites import PRODUCTS, SHAPE_ONLY, aten, sites, source
+from martlet.graph.sites import CONVOLUTIONS, PRODUCTS, SHAPE_ONLY, aten, sites, source
 
 PROBE_BATCH = 5
 """Images in a probe; unlike the sizes that stand first in a shape, so that none is taken for the batch."""
@@ -107,6 +107,72 @@ def scale_after_scores_(graph_module: GraphModule) -> int:
             graph.erase_node(scaling)
             _multiply_(graph, scores, factor)
             count += 1
+    _finish(graph_module)
+    return count
+
+
+def flatten_masks_(graph_module: GraphModule) -> int:
+    """Adds a mask of windows to the scores as they are, not to a view of them. Returns how many were.
+
+    softmax(reshape(reshape(s) + mask)) = softmax(s + reshape(mask)): scores (B W, H, N, N) of W windows take a mask
+    (1, W, H or 1, N, N), repeated for every image; a view in between would keep an engine from fusing the attention.
+    """
+    graph, count = graph_module.graph, 0
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    for softmax in [node for node in graph.nodes if node.target in SOFTMAX]:
+        found = _masked_view(softmax.args[0])
+        if found is None:
+            continue
+        scores, mask, result = found
+        sizes = mask.meta["val"].shape[1:]
+        with graph.inserting_before(result):
+            batch = _call(graph, softmax, aten.sym_size.int, image, 0)
+            repeated = _call(graph, softmax, aten.expand.default, mask, [batch, *sizes])
+            flat = _call(graph, softmax, aten.reshape.default, repeated, [-1, *sizes[1:]])
+            masked = _call(graph, softmax, aten.add.Tensor, scores, flat)
+        masked.meta["val"] = result.meta["val"]
+        result.replace_all_uses_with(masked)
+        graph.eliminate_dead_code()
+        count += 1
+    _finish(graph_module)
+    return count
+
+
+def split_convolutions_(graph_module: GraphModule) -> int:
+    """Makes a convolution whose output is cut along its channels one convolution for each piece. Returns how many.
+
+    An engine that cuts may change the layout of the whole tensor for it. Weights are `<name>.pieces.<i>.weight` then.
+    """
+    graph, count = graph_module.graph, 0
+    for convolution in [node for node in graph.nodes if node.target in CONVOLUTIONS]:
+        split = next(iter(convolution.users))
+        weight, bias = convolution.args[1], convolution.args[2] if len(convolution.args) > 2 else None
+        groups = convolution.args[8 if convolution.target is aten.convolution.default else 6 :][:1]
+        if len(convolution.users) != 1 or split.target is not aten.split_with_sizes.default or groups not in ((), (1,)):
+            continue
+        sizes, axis = split.args[1], split.args[2] if len(split.args) > 2 else 0
+        own = all(isinstance(p, Node) and p.op == "get_attr" and len(p.users) == 1 for p in (weight, bias) if p)
+        if axis != 1 or not own or any(user.target is not operator.getitem for user in split.users):
+            continue
+        pieces = _pieces(graph_module, convolution, [int(size) for size in sizes])  # type: ignore[union-attr]
+        for getitem in list(split.users):
+            owner = pieces[getitem.args[1]]  # type: ignore[index]
+            with graph.inserting_before(getitem):
+                parameters = [graph.get_attr(f"{owner}.weight"), graph.get_attr(f"{owner}.bias") if bias else None]
+                piece = _call(
+                    graph, convolution, convolution.target, convolution.args[0], *parameters, *convolution.args[3:]
+                )
+            piece.meta["val"] = getitem.meta["val"]
+            getitem.replace_all_uses_with(piece)
+            graph.erase_node(getitem)
+        for node in (split, convolution):
+            graph.erase_node(node)
+        for parameter in (weight, bias):
+            if isinstance(parameter, Node):
+                graph.erase_node(parameter)
+                owner, _, leaf = str(parameter.target).rpartition(".")
+                delattr(graph_module.get_submodule(owner), leaf)
+        count += 1
     _finish(graph_module)
     return count
 
@@ -431,6 +497,42 @@ def _softmax_before(product: Node) -> Node | None:
     assert isinstance(left, Node)
     softmax = source(left)
     return softmax if softmax.target in SOFTMAX else None
+
+
+def _masked_view(last: object) -> tuple[Node, Node, Node] | None:
+    """(scores, mask, last) of last = reshape(reshape(scores) + mask), scores (B W, H, N, N), mask (1, W, …, N, N)."""
+    nodes = []
+    for target in (aten.reshape.default, aten.add.Tensor, aten.reshape.default):
+        if not isinstance(last, Node) or last.target is not target or len(last.users) != 1:
+            return None
+        nodes.append(last)
+        last = last.args[0]
+    result, added, view = nodes
+    scores, mask = last, added.args[1]
+    if not isinstance(scores, Node) or not isinstance(mask, Node):
+        return None
+    before, wide, after = (node.meta["val"].shape for node in (scores, view, result))
+    shape = mask.meta["val"].shape
+    fits = len(shape) == len(wide) == 5 and len(before) == 4 and shape[:2] == (1, wide[1]) and before[1:] == after[1:]
+    return (scores, mask, result) if fits and before[1:] == wide[2:] else None
+
+
+def _pieces(graph_module: GraphModule, convolution: Node, sizes: list[int]) -> list[str]:
+    """Cuts a convolution's parameters along its output channels. Returns the names of the owners of the pieces."""
+    weight, *bias = _parameters(convolution)
+    assert isinstance(weight, Node)
+    name = f"{str(weight.target).rpartition('.')[0]}.pieces"
+    graph_module.add_submodule(name, nn.Module())
+    owners = []
+    for i in range(len(sizes)):
+        owner = nn.Module()
+        rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+        for leaf, parameter in zip(("weight", "bias"), (weight, *bias), strict=False):
+            old = tensor(graph_module, parameter)
+            owner.register_parameter(leaf, nn.Parameter(old.detach()[rows].clone(), old.requires_grad))
+        owners.append(f"{name}.{i}")
+        graph_module.add_submodule(owners[-1], owner)
+    return owners
 
 
 def _products_before(softmax: Node) -> list[Node]:

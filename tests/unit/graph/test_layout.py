@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from timm.models.mobilevit import LinearSelfAttention
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.tiny_vit import TinyVit
@@ -18,11 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from martlet.graph.layout import (
     Attention,
     attentions,
+    flatten_masks_,
     fold_layer_norm_affine_,
     foldable_layer_norms,
     hold_scale_,
     scale_after_scores_,
     scale_channels_,
+    split_convolutions_,
     split_projections_,
 )
 from martlet.graph.rounding import tensor
@@ -128,6 +131,7 @@ def restructure_(graph_module: GraphModule) -> None:
     """All that changes the structure, without data."""
     split_projections_(graph_module)
     scale_after_scores_(graph_module)
+    flatten_masks_(graph_module)
     for attention in attentions(graph_module):
         hold_scale_(graph_module, attention)
     fold_layer_norm_affine_(graph_module, foldable_layer_norms(graph_module))
@@ -417,3 +421,67 @@ def test_a_layer_norm_that_is_not_folded_changes_the_logits() -> None:
     node.args = (*node.args[:2], None, None, *node.args[4:])
     graph_module.recompile()
     assert error(before, logits(graph_module)) > 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_masks_of_windows_are_added_to_the_scores_themselves(batch: int) -> None:
+    graph_module = double(traced("swin"))
+    before = logits(graph_module, batch)
+    assert (flatten_masks_(graph_module), flatten_masks_(graph_module)) == (1, 0)
+    assert error(before, logits(graph_module, batch)) < 1e-12
+    [mask] = [name for name, _ in graph_module.named_buffers() if name.endswith("attn_mask")]
+    graph_module.get_buffer(mask).copy_(graph_module.get_buffer(mask).flip(0))
+    assert error(before, logits(graph_module, batch)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit", "tiny_vit", "hf_vit"])
+def test_attention_without_masks_is_left_alone(name: str) -> None:
+    assert flatten_masks_(traced(name)) == 0
+
+
+class Pieces(nn.Module):
+    """Linear attention whose q, k and v are cut from one convolution."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 5)
+        self.attention = LinearSelfAttention(8, bias=bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.attention(self.stem(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_that_is_cut_becomes_one_for_each_piece(bias: bool) -> None:
+    graph_module = double(traced(Pieces(bias)))
+    before = logits(graph_module)
+    weight = graph_module.get_parameter("attention.qkv_proj.weight").clone()
+    assert (split_convolutions_(graph_module), split_convolutions_(graph_module)) == (1, 0)
+    assert error(before, logits(graph_module)) < 1e-12
+    pieces = [graph_module.get_parameter(f"attention.qkv_proj.pieces.{i}.weight") for i in range(3)]
+    assert [len(piece) for piece in pieces] == [1, 8, 8]
+    assert torch.equal(torch.cat(pieces), weight)
+    assert "attention.qkv_proj.weight" not in graph_module.state_dict()
+    rebuilt = double(traced(Pieces(bias), seed=1))
+    split_convolutions_(rebuilt)
+    assert error(before, logits(rebuilt)) > 1e-2
+    rebuilt.load_state_dict(graph_module.state_dict())
+    assert torch.equal(logits(rebuilt), logits(graph_module))
+
+
+def test_convolutions_in_groups_or_cut_elsewhere_stay_whole() -> None:
+    class Groups(Pieces):
+        def __init__(self) -> None:
+            super().__init__(bias=True)
+            self.attention = nn.Conv2d(8, 8, 1, groups=2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            first, second = self.attention(self.stem(images)).split([4, 4], 1)
+            return self.head(torch.cat([second, first], 1).mean((2, 3)))
+
+    class Rows(Groups):
+        def forward(self, images: Tensor) -> Tensor:
+            first, second = self.stem(images).split([1, 3], 2)
+            return self.head(torch.cat([second, first], 2).mean((2, 3)))
+
+    assert split_convolutions_(traced(Groups())) == split_convolutions_(traced(Rows())) == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import RecipeError, UsageError
@@ -15,14 +15,14 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
 from martlet.functional.affine import affine_parameters
-from martlet.functional.ranges import Histogram, weight_scale_mse
-from martlet.graph import layout, rounding, smoothing, splitting
-from martlet.graph.observe import observe, observe_calls
+from martlet.functional.ranges import Histogram, candidates, first_order_error, weight_scale_mse
+from martlet.graph import layout, rounding, shifting, smoothing, splitting
+from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
 from martlet.graph.sites import Site, aten, sites, source
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
-RANGES = ("mse", "percentile", "minmax")
+RANGES = ("logits", "mse", "percentile", "minmax")
 U8, S8 = Grid("u8", False), Grid("s8", True)
 
 
@@ -35,22 +35,24 @@ class Int8(Technique):
     stay in floating point. In the form that the engine's kernels take (`Context.int8`).
 
     Args:
-        ranges: how an activation's range follows from its values: `mse` (least squared rounding error), `percentile`
-            (the central 99.99 %), or `minmax`.
+        ranges: how an activation's range follows from its values: `logits` (least squared error of the logits, to first
+            order), `mse` (least squared rounding error), `percentile` (the central 99.99 %), or `minmax`.
+        shift: centre LayerNorm outputs and v around zero, undone in the biases that follow.
         smooth: divide each channel of a LayerNorm's output by SmoothQuant's factor and multiply the weights that read
-            it, with the alpha that gives each the least error. Off by default: on ViT-Ti it loses more than it gains.
+            it, with the alpha that gives each the least error.
         split: split outlier channels inside MLPs into equal parts.
         attention: quantize the products q kᵀ and softmax(…) v too.
-        bias_correction: add to each bias the mean error that rounding gives its layer.
+        bias_correction: add to each bias the mean error that rounding its layer's weight gives.
 
     Shape: none changes.
     Needs: images, without labels; 64 are enough for most models.
-    Cost: three forward passes over the images in float32; at run time, one rounding a tensor.
+    Cost: four forward and two backward passes over the images in float32; at run time, one rounding a tensor.
     Paper: Nagel et al., A White Paper on Neural Network Quantization, 2021, arXiv 2106.08295: section 3.1 (ranges),
-        3.3 (bias correction, analytic form replaced by its empirical one). Xiao et al., SmoothQuant, 2023,
+        3.3 (bias correction in its empirical form, for the rounded weights). Yuan et al., PTQ4ViT, 2022,
+        arXiv 2111.12293 (ranges). Wei et al., Outlier Suppression+, 2023, arXiv 2304.09145
+        (shift). Zhao et al., Outlier Channel Splitting, 2019, arXiv 1901.09504. Xiao et al., SmoothQuant, 2023,
         arXiv 2211.10438, equation 4.
-    Differs: bias correction compares each layer with itself on float inputs, so layers are corrected independently of
-        each other, in one pass.
+    Differs: layers are corrected independently of each other, in one pass, on float inputs.
     Raises: RecipeError for a setting out of range or without images; UsageError if the model multiplies nothing.
     """
 
@@ -62,8 +64,9 @@ class Int8(Technique):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.UNFUSED})
     needs_images: ClassVar[bool] = True
 
-    ranges: str = "mse"
-    smooth: bool = False
+    ranges: str = "logits"
+    shift: bool = True
+    smooth: bool = True
     split: bool = True
     attention: bool = True
     bias_correction: bool = True
@@ -83,16 +86,19 @@ class Int8(Technique):
         images = context.calibration(self)
         graph_module.requires_grad_(False)
         cut = layout_(graph_module)
+        centred = shifting.shift_(graph_module, images, context.progress) if self.shift else 0
         smoothed = smoothing.smooth_(graph_module, images, context.seed, context.progress) if self.smooth else 0
         split = splitting.split_(graph_module, images, context.seed, context.progress) if self.split else []
         found = [site for site in sites(graph_module) if self.attention or not site.is_attention]
         roundings = rounding.group(place(graph_module, found, context.int8))
         activations = self._activation_quantizers(graph_module, roundings, images, context)
+        if context.int8.hoist:
+            activations = share_grids_(graph_module, activations)
         weights = {site: _weight_quantizer(graph_module, site) for site in found if site.weight is not None}
         corrected = 0
         if self.bias_correction:
-            corrected = correct_biases_(graph_module, weights, activations, images, context)
-        record = rounding.record(roundings, [(s.node, s.weight or 0, q.axis) for s, q in weights.items()])
+            corrected = correct_biases_(graph_module, weights, images, context)
+        record = rounding.record(activations, [(s.node, s.weight or 0, q.axis) for s, q in weights.items()])
         for r, quantizer in activations.items():
             rounding.insert_activation_(graph_module, r, quantizer)
         for site, quantizer in weights.items():
@@ -103,6 +109,7 @@ class Int8(Technique):
             "quantized": counts,
             "projections_cut": cut,
             "biases_corrected": corrected,
+            "centred": centred,
             "smoothed": smoothed,
             "split": split,
             "rounding": record,
@@ -120,26 +127,35 @@ class Int8(Technique):
         histograms = {r.producer: Histogram() for r in roundings}
         adds = {node: histogram.add for node, histogram in histograms.items()}
         observe(graph_module, images, adds, context.progress, "observe activations")
-        quantizers = {}
-        for i, r in enumerate(roundings):
-            context.progress("choose ranges", i + 1, len(roundings))
-            low, high = self._range(histograms[r.producer], r.grid)
-            scale, zero = affine_parameters(torch.tensor(low), torch.tensor(high), r.grid.dtype, r.grid.symmetric)
-            quantizers[r] = ActivationQuantizer(scale, zero)
-        return quantizers
+        found = {r: self._candidates(histograms[r.producer], r.grid) for r in roundings}
+        grids = {
+            r: [
+                affine_parameters(torch.tensor(low), torch.tensor(high), r.grid.dtype, r.grid.symmetric)
+                for low, high in ranges
+            ]
+            for r, ranges in found.items()
+        }
+        best = (
+            choose_grids(graph_module, grids, images, context) if self.ranges == "logits" else dict.fromkeys(grids, 0)
+        )
+        return {r: ActivationQuantizer(*grids[r][i]) for r, i in best.items()}
 
-    def _range(self, histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    def _candidates(self, histogram: Histogram, grid: Grid) -> list[tuple[float, float]]:
+        """The ranges to choose among; one, where the values alone decide."""
+        if self.ranges == "logits":
+            return candidates(histogram, grid.dtype, grid.symmetric)
         if self.ranges == "mse":
-            return histogram.mse(grid.dtype, grid.symmetric)
+            return [histogram.mse(grid.dtype, grid.symmetric)]
         if self.ranges == "percentile":
-            return histogram.percentile(99.99)
-        return histogram.low, histogram.high
+            return [histogram.percentile(99.99)]
+        return [(histogram.low, histogram.high)]
 
 
 def layout_(graph_module: GraphModule) -> int:
     """Exact rewrites that let the engines' fused attention take q, k and v as they come. Returns how many were cut."""
-    cut = layout.split_projections_(graph_module)
+    cut = layout.split_projections_(graph_module) + layout.split_convolutions_(graph_module)
     layout.scale_after_scores_(graph_module)
+    layout.flatten_masks_(graph_module)
     return cut
 
 
@@ -156,7 +172,8 @@ def place(graph_module: GraphModule, found: list[Site], form: Int8Form) -> dict[
     if form.add:
         convolutions = {site.node for site in found if site.kind == "conv"}
         for node in graph_module.graph.nodes:
-            if node.target is aten.add.Tensor and any(operand in convolutions for operand in node.args):
+            between = convolutions.intersection(node.args) and convolutions.intersection(node.users)
+            if node.target is aten.add.Tensor and between:
                 edges |= {
                     (operand, node): U8
                     for operand in node.args
@@ -165,30 +182,85 @@ def place(graph_module: GraphModule, found: list[Site], form: Int8Form) -> dict[
     return rounding.hoist(edges) if form.hoist else edges
 
 
-def correct_biases_(
+def choose_grids(
     graph_module: GraphModule,
-    weights: Mapping[Site, WeightQuantizer],
-    activations: Mapping[Rounding, ActivationQuantizer],
+    grids: Mapping[Rounding, list[tuple[Tensor, Tensor]]],
     images: Batches,
     context: Context,
+) -> dict[Rounding, int]:
+    """Which of its grids (scale, zero point) errs least in the logits, for each rounding by itself."""
+    errors = {r: torch.zeros(len(choices), dtype=torch.float64) for r, choices in grids.items()}
+
+    def add(r: Rounding, value: Tensor, gradient: Tensor) -> None:
+        for i, grid in enumerate(grids[r]):
+            errors[r][i] += first_order_error(value, gradient, grid).double().sum()
+
+    watch = [([r.producer], lambda v, g, r=r: add(r, v[0], g[0])) for r in grids]
+    observe_gradients(graph_module, images, watch, context.seed, context.progress, "choose ranges")
+    return {r: int(error.argmin()) for r, error in errors.items()}
+
+
+def share_grids_(
+    graph_module: GraphModule, quantizers: Mapping[Rounding, ActivationQuantizer]
+) -> dict[Rounding, ActivationQuantizer]:
+    """Gives q, k and v that come from one Linear one grid, on its output, so that the Linear's kernel rounds them.
+
+    Each keeps the resolution it had: the Linear's rows are scaled until the three grids are equal, which q and k undo
+    in each other, and v in the Linear that reads the attention's output.
+    """
+    shared = dict(quantizers)
+    quantizer_of = {(r.producer, consumer): q for r, q in quantizers.items() for consumer in r.consumers}
+    for attention in layout.attentions(graph_module):
+        q, k, v, output = attention.q, attention.k, attention.v, attention.output
+        if not (q and k and v and output) or not q.linear is k.linear is v.linear:
+            continue
+        own = {_operand(r.producer, attention): r for r in shared if source(r.producer) is q.linear}
+        pieces = {piece for user in q.linear.users for piece in user.users}
+        if set(own) != {"q", "k", "v"} or {r.producer for r in own.values()} != pieces or len(q.linear.users) != 1:
+            continue
+        if any(r.grid != S8 or set(r.consumers) != set(r.producer.users) for r in own.values()):
+            continue
+        scale = {name: shared.pop(r).scale for name, r in own.items()}
+        common = (scale["q"] * scale["k"]).sqrt()
+        by_v = common / scale["v"]
+        qk = (common / scale["q"]).expand(q.index.shape)
+        layout.scale_channels_(graph_module, attention, qk=qk, v=by_v.expand(v.index.shape))
+        operand = output.linear.args[0]
+        assert isinstance(operand, Node)
+        _quantizer_on_path(operand, output.linear, quantizer_of).scale.mul_(by_v)
+        shared[Rounding(q.linear, tuple(q.linear.users), S8)] = ActivationQuantizer(
+            common, torch.zeros((), dtype=S8.dtype)
+        )
+    return shared
+
+
+def _operand(piece: Node, attention: layout.Attention) -> str:
+    """Which operand of the attention a piece of a Linear's output becomes; empty if none."""
+    node = piece
+    while len(node.users) == 1:
+        node, above = next(iter(node.users)), node
+        if node is attention.scores:
+            return "q" if node.args[0] is above else "k"
+        if node is attention.values:
+            return "v" if node.args[1] is above else ""
+    return ""
+
+
+def correct_biases_(
+    graph_module: GraphModule, weights: Mapping[Site, WeightQuantizer], images: Batches, context: Context
 ) -> int:
-    """Adds to each bias E[float output] - E[rounded output], per output channel, both fed with the float input.
+    """Adds to each bias E[W x] - E[Ŵ x], per output channel, for the rounded weight Ŵ.
 
     Layers without a bias are left alone. Returns how many were corrected.
     """
-    quantizer_of = {(r.producer, consumer): q for r, q in activations.items() for consumer in r.consumers}
     sums: dict[Site, Tensor] = {}
     counts: dict[Site, int] = {}
 
     def compare(site: Site, quantizer: WeightQuantizer) -> Any:
-        operand = site.node.args[site.activations[0]]
-        assert isinstance(operand, Node)
-        round_input = _quantizer_on_path(operand, site.node, quantizer_of)
-        rounded_weight = quantizer()
+        rounded = quantizer()
 
-        def look(value: Tensor, *arguments: Any) -> None:
-            arguments = (round_input(arguments[0]), rounded_weight, *arguments[2:])
-            error = value - site.node.target(*arguments)  # type: ignore[operator]
+        def look(value: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> None:
+            error = value - site.node.target(x, rounded, *arguments)  # type: ignore[operator]
             channels = error.movedim(1, -1) if site.kind == "conv" else error
             total = channels.flatten(0, -2).sum(0)  # (O)
             sums[site] = sums.get(site, torch.zeros_like(total)) + total
@@ -207,7 +279,9 @@ def correct_biases_(
     return len(biased)
 
 
-def _quantizer_on_path(operand: Node, consumer: Node, quantizer_of: Mapping[Edge, ActivationQuantizer]) -> nn.Module:
+def _quantizer_on_path(
+    operand: Node, consumer: Node, quantizer_of: Mapping[Edge, ActivationQuantizer]
+) -> ActivationQuantizer:
     """The quantizer that a rounding, perhaps hoisted, gives to this operand."""
     node, user = operand, consumer
     while (node, user) not in quantizer_of:
