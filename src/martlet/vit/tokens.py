@@ -20,7 +20,7 @@ from martlet.core.errors import NumericsError, RecipeError, SourceError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.tokens import Reduction, merge, sizes, unmerge
+from martlet.functional.tokens import Reduction, merge, unmerge
 from martlet.vit.view import AttentionView, BlockView, LinearView, Part, VitView, view
 
 MAX_RELATIVE_ERROR = 1e-3
@@ -62,8 +62,9 @@ class Tokens(NamedTuple):
         """(B, N, H D) -> (B, N, H, D)."""
         return x.unflatten(-1, (self.block.attention.num_heads, self.block.attention.head_dim))
 
-    def class_attention(self) -> Tensor:
-        """Mean over heads of how much the class token attends to each token, (B, N).
+    def class_scores(self) -> Tensor:
+        """What the class token's query scores with each token's key (B, N, H), sizes included: its log attention, but
+        for a constant.
 
         Computed anew, from one query, so that the block's own attention stays a whole that engines have a kernel for.
         """
@@ -71,13 +72,26 @@ class Tokens(NamedTuple):
         query = _through(attention.query_norm, self.heads(self.query[:, :1]))  # (B, 1, H, D)
         key = _through(attention.key_norm, self.heads(self.key))  # (B, N, H, D)
         scores = (query * key).sum(-1) * attention.scale  # (B, N, H)
-        if self.log_size is not None:
-            scores = scores + self.log_size[..., None]
-        return scores.softmax(1).mean(-1)
+        return scores if self.log_size is None else scores + self.log_size[..., None]
+
+    def class_attention(self) -> Tensor:
+        """Mean over heads of how much the class token attends to each token, (B, N)."""
+        return self.class_scores().softmax(1).mean(-1)
+
+    def class_log_attention(self) -> Tensor:
+        """Mean over heads of its logarithm (B, N), but for a constant."""
+        attention = self.block.attention
+        if attention.query_norm is not None or attention.key_norm is not None:
+            return self.class_scores().mean(-1)
+        scores = (self.query[:, :1] * self.key).sum(-1) * (attention.scale / attention.num_heads)  # all heads at once
+        return scores if self.log_size is None else scores + self.log_size
 
 
 class Decision(NamedTuple):
-    """What a technique decides: the reduction, and the weights (B, N) of its means; None weighs by size."""
+    """What a technique decides: the reduction, and the weights (B, N) of its means.
+
+    weights: None weighs tokens by size, as a `proportional` run needs it, whose sizes these sums are.
+    """
 
     reduction: Reduction
     weights: Tensor | None = None
@@ -95,7 +109,8 @@ class TokenRun:
         2023, arXiv 2210.09461, equation 1), so that a merged token weighs as much as those it stands for.
     num_read: the last block computes only so many leading tokens, the others being read by nobody; None for all, which
         are then given back in their original number: each takes the value of its group.
-    Dropout inside attention isn't run; the model is for inference.
+    Dropout inside attention isn't run; the model is for inference. What else a block is called with isn't used: Hugging
+    Face gives masks that mask nothing, and one that did would be found by `run_from_parts_`.
     """
 
     blocks: tuple[BlockView, ...]
@@ -105,10 +120,6 @@ class TokenRun:
     num_read: int | None = None
 
     def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
-        if any(isinstance(other, Tensor) for other in (*others, *more.values())):
-            raise SourceError(
-                f"the blocks from {self.blocks[0].name} on got an attention mask, which reduced tokens can't take"
-            )
         size = log_size = None
         patches, done = self.patches, list[Reduction]()
         for i, block in enumerate(self.blocks):
@@ -118,11 +129,10 @@ class TokenRun:
             x = x + _residual(block, attended, first=True)
             if i in self.decide:
                 reduction, weights = self.decide[i](Tokens(block, x, query, key, value, log_size, patches))
-                x = merge(x, reduction, size if weights is None else weights)
+                x, total = merge(x, reduction, size if weights is None else weights)
                 patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
                 if self.proportional:
-                    size = sizes(torch.ones_like(query[..., 0]) if size is None else size, reduction)
-                    log_size = size.log()
+                    size, log_size = total, total.log()
                 done.append(reduction)
             x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
         if not self.num_read:

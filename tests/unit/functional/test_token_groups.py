@@ -12,7 +12,6 @@ from martlet.functional.tokens import (
     cosine_similarity,
     fuse_rest,
     merge,
-    sizes,
     unmerge,
 )
 
@@ -34,13 +33,16 @@ def matching_oracle(scores: list[list[float]], r: int, sources, destinations, n:
     return sorted(group.values(), key=min)
 
 
+def members(reduction: Reduction, image: int) -> list[list[tuple[int, float]]]:
+    """The tokens, with their shares, of each one that is left, in its order."""
+    rows = reduction.shares[image].tolist()
+    return [[(reduction.order[n], share) for n, share in enumerate(row) if share] for row in rows]
+
+
 def as_sets(reduction: Reduction, image: int = 0) -> list[set[int]]:
     """Which tokens each one that is left is made of."""
-    prefix, destinations, sources, joins, staying = reduction
-    groups = [{token} for token in (*range(prefix), *destinations)] or [set[int]()]
-    for d, row in enumerate(joins[image].tolist()):
-        groups[prefix + d if destinations else -1] |= {sources[s] for s, share in enumerate(row) if share == 1}
-    return sorted([*groups, *({sources[s]} for s in staying[image].tolist())], key=min)
+    assert set(reduction.shares[image].flatten().tolist()) <= {0.0, 1.0}
+    return sorted(({token for token, _ in made} for made in members(reduction, image)), key=min)
 
 
 SHAPES = [(9, 1, 3), (9, 1, 0), (8, 0, 4), (14, 3, 5), (3, 1, 1)]
@@ -52,31 +54,32 @@ SHAPES = [(9, 1, 3), (9, 1, 0), (8, 0, 4), (14, 3, 5), (3, 1, 1)]
 def test_matching_is_the_papers(n: int, prefix: int, r: int, penalized: bool) -> None:
     sources = [t for t in range(prefix, n) if t % 2 == 0]
     destinations = [t for t in range(prefix, n) if t % 2 == 1]
-    scores = scores_of(4, len(sources), len(destinations))
+    scores = scores_of(4, len(destinations), len(sources))
     handicap = torch.rand(4, len(sources), dtype=torch.float64) * 2 if penalized else None
     reduction = bipartite_soft_matching(scores, r, prefix, destinations, sources, handicap)
     assert reduction.num_tokens == n - r
     for i in range(4):
         subtracted = [0.0] * len(sources) if handicap is None else handicap[i].tolist()
-        assert as_sets(reduction, i) == matching_oracle(scores[i].tolist(), r, sources, destinations, n, subtracted)
+        assert as_sets(reduction, i) == matching_oracle(scores[i].T.tolist(), r, sources, destinations, n, subtracted)
 
 
 def test_the_matching_test_can_fail() -> None:
     """Weakest edges first, or edges to the least alike, are other groups."""
     sources, destinations = [2, 4, 6, 8], [1, 3, 5, 7]
     scores = scores_of(1, 4, 4)
-    expected = matching_oracle(scores[0].tolist(), 2, sources, destinations, 9, [0.0] * 4)
+    expected = matching_oracle(scores[0].T.tolist(), 2, sources, destinations, 9, [0.0] * 4)
     assert as_sets(bipartite_soft_matching(scores, 2, 1, destinations, sources)) == expected
     assert as_sets(bipartite_soft_matching(-scores, 2, 1, destinations, sources)) != expected
-    reversed_order = 10 * scores.amax(-1)  # the handicap turns the order of edges round
+    reversed_order = 10 * scores.amax(1)  # the handicap turns the order of edges round
     assert as_sets(bipartite_soft_matching(scores, 2, 1, destinations, sources, reversed_order)) != expected
 
 
 def test_ties_are_shared_and_lose_nothing() -> None:
-    reduction = bipartite_soft_matching(torch.ones(2, 4, 3), 2, 1, [1, 2, 3], [4, 5, 6, 7])
-    torch.testing.assert_close(reduction.joins.sum((1, 2)), torch.tensor([2.0, 2.0]))
-    torch.testing.assert_close(sizes(torch.ones(2, 8), reduction).sum(1), torch.tensor([8.0, 8.0]))
-    torch.testing.assert_close(reduction.joins.flatten().unique(), torch.tensor([0.0, 1 / 3]))
+    reduction = bipartite_soft_matching(torch.ones(2, 3, 4), 2, 1, [1, 2, 3], [4, 5, 6, 7])
+    torch.testing.assert_close(reduction.shares.sum(1), torch.ones(2, 8))
+    joins = reduction.shares[:, 1:4, 4:]  # (B, D, S)
+    torch.testing.assert_close(joins.sum((1, 2)), torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(joins.flatten().unique(), torch.tensor([0.0, 1 / 3]))
 
 
 def test_similarity_is_the_cosine() -> None:
@@ -93,33 +96,23 @@ def test_similarity_is_the_cosine() -> None:
 def matching(n: int, prefix: int, r: int, batch: int = 2) -> Reduction:
     sources = [t for t in range(prefix, n) if t % 2 == 0]
     destinations = [t for t in range(prefix, n) if t % 2 == 1]
-    return bipartite_soft_matching(scores_of(batch, len(sources), len(destinations)), r, prefix, destinations, sources)
-
-
-def members(reduction: Reduction, image: int) -> list[list[tuple[int, float]]]:
-    """The tokens, with their shares, of each one that is left, in its order."""
-    prefix, destinations, sources, joins, staying = reduction
-    made: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in range(prefix)]
-    for d, row in enumerate(joins[image].tolist()):
-        own = [(destinations[d], 1.0)] if destinations else []
-        made.append(own + [(sources[s], share) for s, share in enumerate(row) if share])
-    return made + [[(sources[s], 1.0)] for s in staying[image].tolist()]
+    return bipartite_soft_matching(scores_of(batch, len(destinations), len(sources)), r, prefix, destinations, sources)
 
 
 REDUCTIONS = {
     "matched": matching(9, 1, 3),
     "all matched": matching(8, 2, 3),
     "fused": fuse_rest(torch.rand(2, 7, dtype=torch.float64), 3, 2),
-    "shared": bipartite_soft_matching(torch.ones(2, 4, 3, dtype=torch.float64), 2, 1, [2, 4, 6], [1, 3, 5, 7]),
+    "shared": bipartite_soft_matching(torch.ones(2, 3, 4, dtype=torch.float64), 2, 1, [2, 4, 6], [1, 3, 5, 7]),
 }
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_merge_is_the_weighted_mean_and_unmerge_gives_it_back(name: str) -> None:
     reduction = REDUCTIONS[name]
-    n = reduction.num_prefix + len(reduction.destinations) + len(reduction.sources)
+    n = len(reduction.order)
     x, weights = scores_of(2, n, 3), torch.rand(2, n, dtype=torch.float64) + 0.1
-    merged, plain, size = merge(x, reduction, weights), merge(x, reduction), sizes(weights, reduction)
+    (merged, size), (plain, _) = merge(x, reduction, weights), merge(x, reduction)
     restored = unmerge(merged, reduction)
     assert merged.shape == (2, reduction.num_tokens, 3)
     for i in range(2):
@@ -144,11 +137,12 @@ def test_merge_is_the_weighted_mean_and_unmerge_gives_it_back(name: str) -> None
 def test_two_reductions_with_sizes_are_one_mean() -> None:
     x = scores_of(2, 8, 3)
     first, second = matching(8, 0, 3), matching(5, 0, 2)
-    size = sizes(torch.ones(2, 8, dtype=torch.float64), first)
-    twice = merge(merge(x, first), second, size)
-    torch.testing.assert_close((twice * sizes(size, second)[..., None]).sum(1), x.sum(1))
-    without = merge(merge(x, first), second)
-    assert not torch.allclose((without * sizes(size, second)[..., None]).sum(1), x.sum(1))  # sizes matter
+    y, size = merge(x, first)
+    twice, total = merge(y, second, size)
+    torch.testing.assert_close((twice * total[..., None]).sum(1), x.sum(1))
+    torch.testing.assert_close(total.sum(1), torch.full((2,), 8.0, dtype=torch.float64))
+    without, _ = merge(y, second)
+    assert not torch.allclose((without * total[..., None]).sum(1), x.sum(1))  # sizes matter
 
 
 @pytest.mark.parametrize(("n", "prefix", "keep"), [(8, 1, 3), (7, 2, 4), (6, 1, 0)])
@@ -157,5 +151,6 @@ def test_the_rest_is_fused(n: int, prefix: int, keep: int) -> None:
     reduction = fuse_rest(scores[:, prefix:], keep, prefix)
     for i in range(3):
         ranked = sorted(range(prefix, n), key=lambda t: -float(scores[i, t]))
-        assert [prefix + s for s in reduction.staying[i].tolist()] == ranked[:keep]
-        assert {prefix + s for s, share in enumerate(reduction.joins[i, 0]) if share == 1} == {*ranked[keep:]}
+        alone = [*range(prefix)], ranked[:keep]
+        expected = [[t] for t in alone[0]] + [sorted(ranked[keep:])] + [[t] for t in alone[1]]
+        assert [sorted(t for t, _ in made) for made in members(reduction, i)] == expected
