@@ -23,12 +23,12 @@ class ToMe(TokenReduction):
     with its own, and the r sources with the greatest one are averaged into theirs, weighted by how many patches each
     token stands for. Later attention counts a merged token as many times. Class, distillation and register tokens are
     never merged. Needs no training; costs accuracy by how much is removed and how early, so measure it. On a CPU one
-    or two large reductions are faster than one in every block, whose matching costs what it saves.
+    large reduction is faster than one in every block, whose matching costs what it saves.
 
     Args:
         r: tokens to remove in every block (`r: 8`) or in some (`r: {4: 64, 8: 32}`, blocks counted from 0). Without
-            it, half of the patches after five twelfths of the blocks, and three tenths of the others after two thirds:
-            of the schedules tried on ViT-Ti, what loses least for its time.
+            it, half of the patches after five twelfths of the blocks, once: of the schedules tried on ViT-Ti, what
+            loses least for its time.
         partition: `alternating` (the paper's: every other token is a destination), or `2x2`: one patch in each square
             of four is, later every fourth token, so that three quarters can be merged at once.
         informativeness: how much a source is spared for what the class token sees in it: times the log of the class
@@ -66,12 +66,7 @@ class ToMe(TokenReduction):
         return self.informativeness > 0
 
     def default(self, patches: Patches, depth: int) -> dict[int, int]:
-        first, second = 5 * depth // 12, 2 * depth // 3
-        schedule = {first: min(patches.number // 2, self.most(patches))}
-        left = Patches(patches.first, patches.number - schedule[first], None)
-        if second > first:
-            schedule[second] = min(3 * left.number // 10, self.most(left))
-        return schedule
+        return {5 * depth // 12: min(patches.number // 2, self.most(patches))}
 
     def most(self, patches: Patches) -> int:
         destinations, sources = self._parts(patches)
