@@ -10,14 +10,11 @@ demo: .venv/.installed
 
 setup: .venv/.installed
 
-# A process for each folder: an engine's and torch's thread pools in one long process have crashed it.
-PARTS := contract e2e parity property unit
-
 test: .venv/.installed
-	set -e; for part in $(PARTS); do $(BIN)/python -m pytest tests/$$part; done
+	$(BIN)/python -m pytest
 
 test-all: .venv/.installed
-	set -e; for part in $(PARTS); do $(BIN)/python -m pytest -m '' tests/$$part; done
+	$(BIN)/python -m pytest -m ''
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

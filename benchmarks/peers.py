@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,16 +60,25 @@ GATE_FAILED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A timm model. weights: a file of the assets; None is seeded random weights, for latency alone."""
+    """A timm model.
+
+    weights: a file of the assets; None is seeded random weights, for latency alone.
+    preprocess: what those weights want otherwise than timm's configuration says.
+    """
 
     name: str
     weights: str | None = None
     num_classes: int | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
 
 
 SUBJECTS = (
     Subject(name="vit_tiny_patch16_224", weights="vit_tiny_patch16_224.in1k.safetensors"),
-    Subject(name="efficientnet_lite0", weights="efficientnet_lite0.in1k.safetensors"),
+    Subject(
+        name="efficientnet_lite0",
+        weights="efficientnet_lite0.in1k.safetensors",
+        preprocess={"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3},
+    ),
     Subject(name="deit_small_patch16_224"),
     Subject(name="swin_tiny_patch4_window7_224"),
     Subject(name="tiny_vit_5m_224", num_classes=1000),
@@ -155,6 +164,7 @@ def run(subject: Subject, assets: Path, settings: Settings, progress: Progress) 
         f"timm:{subject.name}",
         weights=assets / "weights" / subject.weights if subject.weights else None,
         num_classes=subject.num_classes,
+        preprocess=subject.preprocess,
         seed=settings.seed,
     )
     n = settings.calibration_images if subject.weights else settings.calibration_images_random
@@ -179,6 +189,7 @@ def run(subject: Subject, assets: Path, settings: Settings, progress: Progress) 
         "name": subject.name,
         "weights": subject.weights or model.origin["weights"],
         "image_size": list(model.preprocess.size),
+        **({"preprocess": dict(subject.preprocess)} if subject.preprocess else {}),
         "calibration": {"images": VALIDATION, "n": calibration.num_images, "seed": settings.seed},
         "seconds": round(time.perf_counter() - start, 1),
         **measured,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MANIFEST = "artifact.json"
+OLD = "-old"
 WEIGHTS = "weights.safetensors"
 
 
@@ -196,22 +197,29 @@ def writing(path: Path, overwrite: bool = False) -> Iterator[Path]:
         UsageError: as `check_free`.
         MartletError: the disk is full.
     """
-    check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
-    for stale in path.parent.glob(f"{prefix}*"):
+    for stale in sorted(path.parent.glob(f"{prefix}*")):
         pid = stale.name.removeprefix(prefix).split("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(stale)
+            if stale.name.endswith(OLD) and not path.exists():  # killed between the two renames below
+                stale.rename(path)
+            else:
+                shutil.rmtree(stale)
+    check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
     folder.chmod(0o755)
     try:
         yield folder
         check_free(path, overwrite)
         if path.exists():
-            old = folder.with_name(folder.name + "-old")
+            old = folder.with_name(folder.name + OLD)
             path.rename(old)
-            folder.rename(path)
+            try:
+                folder.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             folder.rename(path)

@@ -7,6 +7,7 @@ from collections import Counter
 from torch.fx import GraphModule, Node
 
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites
+from martlet.nn.quantizers import ChannelScale
 
 ACTIVATIONS = {
     aten.layer_norm.default: "layer_norm_output",
@@ -31,8 +32,25 @@ def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
         if kind := ACTIVATIONS.get(node.target):
             for user in node.users:
                 counts.setdefault(kind, Counter())[_bits_after(graph_module, user, floating)] += 1
-    counts["residual"] = Counter([floating])
+    residual = [
+        _bits_before(graph_module, operand, floating)
+        for add in _additions(graph_module)
+        for operand in add.all_input_nodes
+    ]
+    counts["residual"] = Counter(residual or [floating])
     return {kind: _text(count) for kind, count in counts.items()}
+
+
+def _additions(graph_module: GraphModule) -> list[Node]:
+    """The additions of two tensors that both depend on the image."""
+    varying, found = set[Node](), []
+    for node in graph_module.graph.nodes:
+        inputs = [operand in varying for operand in node.all_input_nodes]
+        if node.op == "placeholder" or (any(inputs) and node.target is not aten.sym_size.int):
+            varying.add(node)
+        if node.target is aten.add.Tensor and len(inputs) == 2 and all(inputs):
+            found.append(node)
+    return found
 
 
 def _text(count: Counter[str]) -> str:
@@ -61,9 +79,13 @@ def _bits_before(graph_module: GraphModule, node: Node, floating: str) -> str:
 
 
 def _bits_after(graph_module: GraphModule, node: Node, floating: str) -> str:
-    while node.target in SHAPE_ONLY and len(node.users) == 1:
+    while (node.target in SHAPE_ONLY or _is_channel_scale(graph_module, node)) and len(node.users) == 1:
         node = next(iter(node.users))
     return _bits(graph_module, node, floating)
+
+
+def _is_channel_scale(graph_module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), ChannelScale)
 
 
 def _bits(graph_module: GraphModule, node: Node, floating: str) -> str:

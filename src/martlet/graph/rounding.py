@@ -145,7 +145,10 @@ def restore_(graph_module: GraphModule, saved: Mapping[str, Any]) -> None:
             zero = torch.zeros((), dtype=rounding.grid.dtype)
             insert_activation_(graph_module, rounding, ActivationQuantizer(torch.ones(()), zero))
         for name, position, axis in saved["weights"]:
-            weight = tensor(graph_module, nodes[name].args[position])
+            parameter = nodes[name].args[position]
+            if not isinstance(parameter, Node) or parameter.op != "get_attr":
+                raise KeyError(f"{name} with a weight at {position}")
+            weight = tensor(graph_module, parameter)
             values = torch.zeros(weight.shape, dtype=torch.int8)
             scale = torch.ones(weight.shape[axis])
             insert_weight_(graph_module, nodes[name], position, WeightQuantizer(values, scale, axis))

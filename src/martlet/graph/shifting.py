@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Batches, Progress
-from martlet.graph import layout
+from martlet.graph.attention import attentions
 from martlet.graph.observe import observe
+from martlet.graph.probe import owns_parameters
 from martlet.graph.rounding import tensor
+from martlet.graph.sites import aten
 
 
 class _Channels:
@@ -50,11 +52,9 @@ def shift_(graph_module: GraphModule, images: Batches, progress: Progress) -> in
 
     Where a bias is missing that would have to take up the shift, the tensor stays as it is.
     """
-    norms = [n for n in layout.foldable_layer_norms(graph_module) if _has_biases(n, *n.users)]
-    attentions = [
-        a for a in layout.attentions(graph_module) if a.v and a.output and _has_biases(a.v.linear, a.output.linear)
-    ]
-    seen = {node: _Channels() for node in (*norms, *(a.v.linear for a in attentions if a.v))}
+    norms = [n for n in norms_before_linears(graph_module) if _has_biases(n, *n.users)]
+    found = [a for a in attentions(graph_module) if a.v and a.output and _has_biases(a.v.linear, a.output.linear)]
+    seen = {node: _Channels() for node in (*norms, *(a.v.linear for a in found if a.v))}
     watch: dict[Node, Callable[[Tensor], None]] = {node: s.look for node, s in seen.items()}
     if watch:
         observe(graph_module, images, watch, progress, "observe channels")
@@ -64,7 +64,7 @@ def shift_(graph_module: GraphModule, images: Batches, progress: Progress) -> in
             _subtract_(tensor(graph_module, norm.args[3]), shift)
             for linear in norm.users:
                 _absorb_(graph_module, linear, shift)
-        for attention in attentions:
+        for attention in found:
             assert attention.v
             assert attention.output
             rows, columns = attention.v.index.flatten(), attention.output.index.flatten()
@@ -74,12 +74,29 @@ def shift_(graph_module: GraphModule, images: Batches, progress: Progress) -> in
             linear = attention.output.linear
             width = tensor(graph_module, linear.args[1]).shape[1]
             _absorb_(graph_module, linear, mean.new_zeros(width).index_put((columns,), mean))
-    return len(norms) + len(attentions)
+    return len(norms) + len(found)
+
+
+def norms_before_linears(graph_module: GraphModule) -> list[Node]:
+    """The LayerNorms over channels, with a scale of their own, that nothing but Linears read, in their order."""
+    norms = []
+    for node in graph_module.graph.nodes:
+        if node.target is not aten.layer_norm.default or len(node.args) < 3 or node.args[2] is None:
+            continue
+        linears = [user.target is aten.linear.default and user.args[0] is node for user in node.users]
+        if (
+            linears
+            and all(linears)
+            and len(node.args[1]) == 1
+            and all(owns_parameters(graph_module, u) for u in node.users)
+        ):
+            norms.append(node)
+    return norms
 
 
 def _has_biases(*nodes: Node) -> bool:
     """True if each has a bias of its own: the last of three arguments of a Linear, of four of a LayerNorm."""
-    biases = [node.args[3 if node.target is not torch.ops.aten.linear.default else 2 :][:1] for node in nodes]
+    biases = [node.args[3 if node.target is not aten.linear.default else 2 :][:1] for node in nodes]
     return all(b and isinstance(b[0], Node) and b[0].op == "get_attr" and len(b[0].users) == 1 for b in biases)
 
 

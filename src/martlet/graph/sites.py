@@ -43,6 +43,7 @@ SELECTIONS = (
 SHAPE_ONLY = (*PERMUTATIONS, *SELECTIONS)
 
 
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 MASKS = (aten.masked_fill.Scalar, aten.where.self)
 
 Kind = Literal["linear", "conv", "scores", "values", "product"]
@@ -123,14 +124,13 @@ def _unrounded(node: Node) -> Node:
 
 def _role(node: Node) -> Kind:
     """`values` if an operand comes from a softmax, `scores` if a softmax follows, else `product`."""
-    softmax = (aten.softmax.int, aten._softmax.default)
-    if any(isinstance(a, Node) and _unrounded(a).target in softmax for a in node.args):
+    if any(isinstance(a, Node) and _unrounded(a).target in SOFTMAX for a in node.args):
         return "values"
     after, seen = [node], 0
     while after and seen < 8:  # scores pass through scale, bias and mask before their softmax
         seen += 1
         after = [user for n in after for user in n.users]
-        if any(n.target in softmax for n in after):
+        if any(n.target in SOFTMAX for n in after):
             return "scores"
         after = [
             n for n in after if n.target in (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, *MASKS)

@@ -19,8 +19,8 @@ def test_reads_what_was_written(tmp_path):
     ("text", "message"),
     [
         ("{", "is not a report: it is not JSON"),
-        ("[]", "is a report of version None; this Martlet reads version 2"),
-        ('{"martlet_report": 1}', "is a report of version 1; this Martlet reads version 2"),
+        ("[]", "is a report of version None; this Martlet reads version 1"),
+        ('{"martlet_report": 2}', "is a report of version 2; this Martlet reads version 1"),
     ],
 )
 def test_another_file_is_refused(tmp_path, text, message):

@@ -16,18 +16,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 
-from martlet.graph.layout import (
-    Attention,
-    attentions,
-    flatten_masks_,
-    fold_layer_norm_affine_,
-    foldable_layer_norms,
-    hold_scale_,
-    scale_after_scores_,
-    scale_channels_,
-    split_convolutions_,
-    split_projections_,
-)
+from martlet.graph.attention import Attention, attentions, scale_channels_
+from martlet.graph.layout import flatten_masks_, scale_after_scores_, split_convolutions_, split_projections_
 from martlet.graph.rounding import tensor
 from martlet.graph.sites import aten
 from martlet.graph.trace import trace
@@ -122,7 +112,7 @@ def balance_(graph_module: GraphModule, attention: Attention, seed: int) -> None
     """Scales all that can be scaled, by anything."""
     if attention.q and attention.k:
         qk = factors(attention.q.index.shape, seed)
-        scale_channels_(graph_module, attention, qk=qk, q_scalar=0.3, k_scalar=5.0)
+        scale_channels_(graph_module, attention, qk=qk)
     if attention.v and attention.output:
         scale_channels_(graph_module, attention, v=factors(attention.v.index.shape, seed + 1).flatten())
 
@@ -132,9 +122,6 @@ def restructure_(graph_module: GraphModule) -> None:
     split_projections_(graph_module)
     scale_after_scores_(graph_module)
     flatten_masks_(graph_module)
-    for attention in attentions(graph_module):
-        hold_scale_(graph_module, attention)
-    fold_layer_norm_affine_(graph_module, foldable_layer_norms(graph_module))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +155,6 @@ def test_rewrites_keep_the_logits(name: str, batch: int) -> None:
     found = attentions(graph_module)
     for i, attention in enumerate(found):
         balance_(graph_module, attention, i)
-    assert error(before, logits(graph_module, batch)) < 1e-9
-    assert fold_layer_norm_affine_(graph_module, foldable_layer_norms(graph_module)) > 0
     assert error(before, logits(graph_module, batch)) < 1e-9
 
 
@@ -237,8 +222,6 @@ def test_q_k_and_v_lie_side_by_side_as_timm_has_them() -> None:
     for channels, start in ((first.q, 0), (first.k, 12), (first.v, 24), (first.output, 0)):
         assert channels
         assert torch.equal(channels.index, torch.arange(start, start + 12).reshape(3, 4))
-    assert first.scale is not None
-    assert first.scale.args[1] == pytest.approx(0.5)
 
 
 def test_separate_projections_are_found_on_hugging_face() -> None:
@@ -248,7 +231,6 @@ def test_separate_projections_are_found_on_hugging_face() -> None:
         assert attention.k
         assert attention.v
         assert attention.output
-        assert attention.scale
         assert len({attention.q.linear, attention.k.linear, attention.v.linear}) == 3
 
 
@@ -261,10 +243,10 @@ def test_normalized_q_and_k_come_from_no_linear() -> None:
         assert attention.v
         assert attention.output
         with pytest.raises(ValueError, match="q and k at matmul"):
-            scale_channels_(graph_module, attention, k_scalar=2.0)
+            scale_channels_(graph_module, attention, qk=torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("wrong", ["k twice", "another head", "not undone in the output", "scale kept"])
+@pytest.mark.parametrize("wrong", ["k twice", "another head", "not undone in the output"])
 def test_a_wrong_scaling_changes_the_logits(wrong: str) -> None:
     graph_module = traced("vit")
     before = logits(graph_module)
@@ -273,7 +255,7 @@ def test_a_wrong_scaling_changes_the_logits(wrong: str) -> None:
     assert attention.k
     assert attention.output
     qk, v = factors((3, 4), 0), factors((3, 4), 1)
-    scale_channels_(graph_module, attention, qk=qk, v=v, q_scalar=2.0)
+    scale_channels_(graph_module, attention, qk=qk, v=v)
     assert error(before, logits(graph_module)) < 1e-5
     with torch.no_grad():
         rows = tensor(graph_module, attention.k.linear.args[1])
@@ -282,24 +264,9 @@ def test_a_wrong_scaling_changes_the_logits(wrong: str) -> None:
             rows[attention.k.index] /= qk[..., None]
         elif wrong == "another head":
             rows[attention.k.index] *= (qk / qk.roll(1, 0))[..., None]
-        elif wrong == "not undone in the output":
-            columns[:, attention.output.index] *= v
         else:
-            hold_scale_(graph_module, attention).mul_(2)
+            columns[:, attention.output.index] *= v
     assert error(before, logits(graph_module)) > 1e-3
-
-
-def test_the_scale_is_a_buffer_once_and_only_if_it_changes() -> None:
-    graph_module = traced("vit")
-    scale_after_scores_(graph_module)
-    first, second = attentions(graph_module)
-    scale_channels_(graph_module, first, qk=factors((3, 4), 0))
-    assert not any(name.startswith("attention_scale.") for name, _ in graph_module.named_buffers())
-    scale_channels_(graph_module, first, q_scalar=4.0)
-    scale_channels_(graph_module, first, q_scalar=2.0, k_scalar=0.25)
-    buffers = dict(graph_module.named_buffers())
-    assert buffers[f"attention_scale.{first.scores.name}"].item() == pytest.approx(0.5 / 4 / 0.5)
-    assert f"attention_scale.{second.scores.name}" not in buffers
 
 
 class Attend(nn.Module):
@@ -351,16 +318,6 @@ def test_numbers_on_q_and_k_move_behind_the_scores(module: Callable[[], nn.Modul
     assert math.prod(numbers) == pytest.approx(product)
 
 
-def test_without_a_scale_one_is_inserted() -> None:
-    graph_module = double(traced(Attend(lambda q: q)))
-    before = logits(graph_module)
-    (attention,) = attentions(graph_module)
-    assert attention.scale is None
-    scale_channels_(graph_module, attention, q_scalar=3.0)
-    assert attention.scale is not None
-    assert error(before, logits(graph_module)) < 1e-12
-
-
 def test_a_v_that_is_read_elsewhere_is_left_alone() -> None:
     graph_module = traced(Attend(gate=True))
     (attention,) = attentions(graph_module)
@@ -385,7 +342,6 @@ def test_a_convolutional_network_is_left_alone() -> None:
     code = graph_module.code
     assert (split_projections_(graph_module), scale_after_scores_(graph_module)) == (0, 0)
     assert attentions(graph_module) == []
-    assert foldable_layer_norms(graph_module) == []
     assert graph_module.code == code
 
 
@@ -397,30 +353,7 @@ def test_factors_are_positive_and_finite(bad: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         scale_channels_(graph_module, attention, qk=torch.full((3, 4), bad))
     with pytest.raises(ValueError, match="positive and finite"):
-        scale_channels_(graph_module, attention, q_scalar=bad)
-
-
-def test_a_folded_layer_norm_leaves_its_parameters_and_makes_biases() -> None:
-    graph_module = traced("one_head_no_bias")
-    before = set(graph_module.state_dict())
-    norms = foldable_layer_norms(graph_module)
-    assert len(norms) == 4  # the last norm is read by a choice of token
-    assert fold_layer_norm_affine_(graph_module, norms[:1]) == 1
-    after = set(graph_module.state_dict())
-    assert before - after == {"blocks.0.norm1.weight", "blocks.0.norm1.bias"}
-    assert after - before == {"blocks.0.attn.qkv.bias"}
-    assert norms[0] not in foldable_layer_norms(graph_module)
-    with pytest.raises(ValueError, match="layer_norm isn't a LayerNorm with a scale"):
-        fold_layer_norm_affine_(graph_module, norms[:1])
-
-
-def test_a_layer_norm_that_is_not_folded_changes_the_logits() -> None:
-    graph_module = traced("vit")
-    before = logits(graph_module)
-    node = foldable_layer_norms(graph_module)[0]
-    node.args = (*node.args[:2], None, None, *node.args[4:])
-    graph_module.recompile()
-    assert error(before, logits(graph_module)) > 1e-3
+        scale_channels_(graph_module, attention, v=torch.full((3, 4), bad))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

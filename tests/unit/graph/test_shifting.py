@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from martlet.core.technique import silent
 from martlet.graph import layout, shifting
+from martlet.graph.attention import attentions
 from martlet.graph.observe import observe
 from martlet.graph.shifting import shift_
 from martlet.graph.trace import trace
@@ -46,8 +47,8 @@ def error(first: Tensor, second: Tensor) -> float:
 def test_logits_stay_and_channels_are_centred(name: str, count: int) -> None:
     graph_module = prepared(name)
     before, _ = outputs(graph_module)
-    norms = [node.name for node in layout.foldable_layer_norms(graph_module)]
-    values = [(a.v.linear.name, a.v.index.flatten()) for a in layout.attentions(graph_module) if a.v]
+    norms = [node.name for node in shifting.norms_before_linears(graph_module)]
+    values = [(a.v.linear.name, a.v.index.flatten()) for a in attentions(graph_module) if a.v]
     assert shift_(graph_module, Images(), silent) == count == len(norms) + len(values)
     after, seen = outputs(graph_module)
     assert error(before, after) < 1e-12

@@ -84,7 +84,7 @@ def test_q_k_and_v_of_one_linear_share_its_output_grid(settings: dict[str, Any])
 def test_a_shared_grid_that_is_not_scaled_to_fit_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     original = model()
     apart = logits(compress(original, Int8(), Int8Form(hoist=False)).module)
-    monkeypatch.setattr(module.layout, "scale_channels_", lambda *arguments, **factors: None)
+    monkeypatch.setattr(module.attention, "scale_channels_", lambda *arguments, **factors: None)
     wrong = logits(compress(original, Int8()).module)
     assert error(apart, wrong) > error(logits(original.module), apart)
 

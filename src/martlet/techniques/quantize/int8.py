@@ -16,7 +16,7 @@ from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
 from martlet.functional.affine import affine_parameters
 from martlet.functional.ranges import Histogram, candidates, first_order_error, weight_scale_mse
-from martlet.graph import layout, rounding, shifting, smoothing, splitting
+from martlet.graph import attention, layout, rounding, shifting, smoothing, splitting
 from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
 from martlet.graph.sites import Site, aten, sites, source
@@ -210,11 +210,11 @@ def share_grids_(
     """
     shared = dict(quantizers)
     quantizer_of = {(r.producer, consumer): q for r, q in quantizers.items() for consumer in r.consumers}
-    for attention in layout.attentions(graph_module):
-        q, k, v, output = attention.q, attention.k, attention.v, attention.output
+    for found in attention.attentions(graph_module):
+        q, k, v, output = found.q, found.k, found.v, found.output
         if not (q and k and v and output) or not q.linear is k.linear is v.linear:
             continue
-        own = {_operand(r.producer, attention): r for r in shared if source(r.producer) is q.linear}
+        own = {_operand(r.producer, found): r for r in shared if source(r.producer) is q.linear}
         pieces = {piece for user in q.linear.users for piece in user.users}
         if set(own) != {"q", "k", "v"} or {r.producer for r in own.values()} != pieces or len(q.linear.users) != 1:
             continue
@@ -224,7 +224,7 @@ def share_grids_(
         common = (scale["q"] * scale["k"]).sqrt()
         by_v = common / scale["v"]
         qk = (common / scale["q"]).expand(q.index.shape)
-        layout.scale_channels_(graph_module, attention, qk=qk, v=by_v.expand(v.index.shape))
+        attention.scale_channels_(graph_module, found, qk=qk, v=by_v.expand(v.index.shape))
         operand = output.linear.args[0]
         assert isinstance(operand, Node)
         _quantizer_on_path(operand, output.linear, quantizer_of).scale.mul_(by_v)
@@ -234,14 +234,14 @@ def share_grids_(
     return shared
 
 
-def _operand(piece: Node, attention: layout.Attention) -> str:
+def _operand(piece: Node, among: attention.Attention) -> str:
     """Which operand of the attention a piece of a Linear's output becomes; empty if none."""
     node = piece
     while len(node.users) == 1:
         node, above = next(iter(node.users)), node
-        if node is attention.scores:
+        if node is among.scores:
             return "q" if node.args[0] is above else "k"
-        if node is attention.values:
+        if node is among.values:
             return "v" if node.args[1] is above else ""
     return ""
 
