@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.fx import GraphModule
 
@@ -63,6 +64,7 @@ def to_onnx(model: Model, path: Path) -> None:
     proto = exported.model_proto
     _name_nodes_(proto.graph)
     _name_batch_(proto.graph)
+    _narrow_(proto.graph)
     _drop_zero_points_(proto.graph)
     try:
         onnx.save(proto, path)
@@ -94,8 +96,29 @@ def _prepared(module: GraphModule) -> GraphModule:
                 x.meta = dict(node.meta)
         node.replace_all_uses_with(x)
         twin.graph.erase_node(node)
+    _unpack_weights_(twin)
     twin.recompile()
     return twin
+
+
+def _unpack_weights_(graph_module: GraphModule) -> None:
+    """Packed weights become integers of a byte, which `_narrow_` packs again in ONNX's way."""
+    from martlet.nn.quantizers import PackedWeightQuantizer
+
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_module"):
+        quantizer = graph_module.get_submodule(str(node.target))
+        if isinstance(quantizer, PackedWeightQuantizer):
+            scale = quantizer.scale if quantizer.scale.shape[1] > 1 else quantizer.scale.flatten()
+            names = f"{node.name}_values", f"{node.name}_scale"
+            for name, tensor in zip(names, (quantizer.values(), scale), strict=True):
+                graph_module.register_buffer(name, tensor)
+            with graph.inserting_before(node):
+                operands = [graph.get_attr(name) for name in names]
+                weight = graph.call_function(torch.ops.martlet.dequantize_groups.default, (*operands, quantizer.bits))
+            weight.meta = dict(node.meta)
+            node.replace_all_uses_with(weight)
+            graph.erase_node(node)
 
 
 def _name_nodes_(graph: onnx.GraphProto) -> None:
@@ -119,6 +142,22 @@ def _name_batch_(graph: onnx.GraphProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
         del value.metadata_props[:]
     del graph.value_info[:]
+
+
+def _narrow_(graph: onnx.GraphProto) -> None:
+    """Stores integers that are only read as 4-bit ones as these, two in a byte, the first in the low half."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "Cast" and helper.get_node_attr_value(node, "to") == TensorProto.INT4:
+            values = numpy_helper.to_array(tensors[node.input[0]])
+            halves = np.pad(values.reshape(-1).view(np.uint8) & 15, (0, values.size % 2))
+            packed = (halves[::2] | halves[1::2] << 4).tobytes()
+            graph.initializer.append(
+                helper.make_tensor(node.output[0], TensorProto.INT4, values.shape, packed, raw=True)
+            )
+            graph.node.remove(node)
 
 
 def _drop_zero_points_(graph: onnx.GraphProto) -> None:

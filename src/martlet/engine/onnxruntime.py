@@ -141,6 +141,8 @@ def _compile(path: Path, batch: int, threads: int, profile: Path | None = None, 
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Rewriting s8 as u8 fails where a rounding was moved past a reshape.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
+    # Weights of few bits are multiplied in float32; by itself it would round their inputs to int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights leave no shape

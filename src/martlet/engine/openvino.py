@@ -75,6 +75,7 @@ class OpenVINO(Engine):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": threads or cores(),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",  # else the inputs of 4-bit weights are rounded to int8 as they come
         }
         core = _core()
         try:
@@ -240,13 +241,14 @@ def _executed(products: list[_Product], nodes: list[_Node]) -> dict[str, list[_P
     """The products that each node executed, by the node's name. Every product is in exactly one.
 
     A node lists the names that were fused into it. A product that took up the constant which follows it (a bias, a
-    scale) may go by that one's name.
+    scale) may go by that one's name. One with weights of few bits lists names of others; its own is right.
 
     Raises:
         EngineError: a product is in several nodes, or in none.
     """
     kinds = ("FullyConnected", "MatMul", "Convolution", "Deconvolution", "Subgraph")
     by_source: defaultdict[str, list[str]] = defaultdict(list)
+    own = {node.name: [node.name] for node in nodes if node.kind in kinds}
     for node in nodes:
         if node.kind in kinds:
             for source in node.sources:
@@ -254,6 +256,7 @@ def _executed(products: list[_Product], nodes: list[_Node]) -> dict[str, list[_P
     executed: defaultdict[str, list[_Product]] = defaultdict(list)
     for product in products:
         places = next((by_source[name] for name in product.names if by_source[name]), [])
+        places = places or next((own[name] for name in product.names if name in own), [])
         if len(places) != 1:
             raise EngineError(
                 f"openvino's runtime model shows {product.names[0]} in {len(places)} operations, so it isn't known in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,10 @@ def params(module: nn.Module) -> int:
 
     Integer codes of a quantized weight count as the parameters that they replace; scales and zero points don't count.
     """
-    from martlet.nn.quantizers import WeightQuantizer
+    from martlet.nn.quantizers import PackedWeightQuantizer, WeightQuantizer
 
-    codes = sum(part.values.numel() for part in module.modules() if isinstance(part, WeightQuantizer))
-    return sum(tensor.numel() for tensor in module.parameters()) + codes
+    holders = [part for part in module.modules() if isinstance(part, WeightQuantizer | PackedWeightQuantizer)]
+    return sum(tensor.numel() for tensor in module.parameters()) + sum(prod(part.shape) for part in holders)
 
 
 def weight_bytes(module: nn.Module) -> int:
