@@ -100,7 +100,6 @@ class Settings:
     test_images: at most, of each set; None is all. gomp_spincount: see SPIN.
     """
 
-    engines: list[str]
     threads: int
     minutes: float
     calibration_images: int = HELD_OUT
@@ -115,7 +114,7 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit status."""
     options = _options(argv)
-    settings = Settings(engines=options.engines, threads=cores(), minutes=options.minutes)
+    settings = Settings(threads=cores(), minutes=options.minutes)
     if options.quick:
         settings = replace(settings, calibration_images=8, calibration_images_random=8, test_images=16)
     os.environ[SPIN] = settings.gomp_spincount  # read when torch is loaded
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 note(f"{subject.name} is in {options.out} already; --again measures it anew")
                 continue
             with working(subject.name) as progress:
-                record = run(subject, options.assets, settings, progress)
+                record = run(subject, options.assets, options.engines, settings, progress)
             document["models"] = [m for m in document["models"] if m["name"] != subject.name] + [record]
             write(options.out, document)
             note("; ".join([f"{subject.name} took {record['seconds']:.0f} s", *_failures(record)]))
@@ -146,8 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(subject: Subject, assets: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Loads one model and the images, and measures every contender on it. Returns its record.
+def run(
+    subject: Subject, assets: Path, engines: Sequence[str], settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """Loads one model and the images, and measures the contenders of these engines on it. Returns its record.
 
     Raises:
         MartletError: the model or the images can't be loaded.
@@ -183,7 +184,7 @@ def run(subject: Subject, assets: Path, settings: Settings, progress: Progress) 
         seed=settings.seed,
         progress=progress,
     )
-    contenders = [contender for contender in CONTENDERS if contender.engine in settings.engines]
+    contenders = [contender for contender in CONTENDERS if contender.engine in engines]
     measured = measure(case, tests, contenders, settings.minutes)
     return {
         "name": subject.name,

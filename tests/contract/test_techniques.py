@@ -54,10 +54,11 @@ def done(model, recipe) -> Model:
     """The model after the recipe; no test may change it. A model may be refused, in one line that says by what."""
     try:
         return run(model, recipe)
-    except RecipeError as refusal:
-        assert str(refusal).startswith(recipe.passes[0].name)
-        assert "\n" not in str(refusal)
-        pytest.skip(f"refused: {refusal}")
+    except RecipeError as error:
+        refusal = str(error)
+    assert refusal.startswith(recipe.passes[0].name)
+    assert "\n" not in refusal
+    pytest.skip(f"refused: {refusal}")
 
 
 def run(model: Model, recipe: Recipe) -> Model:

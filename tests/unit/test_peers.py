@@ -120,11 +120,11 @@ def test_finished_models_are_not_run_again(
 
 def test_results_of_other_settings_or_another_machine_are_not_mixed(peers: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
-    settings = peers.Settings(engines=["torch"], threads=2, minutes=1.0)
+    settings = peers.Settings(threads=2, minutes=1.0)
     peers.write(path, peers.open_document(path, settings))
     assert peers.open_document(path, settings)["models"] == []
     with pytest.raises(UsageError, match=r"minutes 1\.0, and this is 2\.0; give another --out"):
-        peers.open_document(path, peers.Settings(engines=["torch"], threads=2, minutes=2.0))
+        peers.open_document(path, peers.Settings(threads=2, minutes=2.0))
     document = json.loads(path.read_text())
     document["environment"]["cpu"] = "another"
     peers.write(path, document)
