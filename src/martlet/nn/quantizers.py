@@ -151,7 +151,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
     def dequantize_groups(values, scale, bits: int):
-        integers = op.Cast(values, to=TensorProto.INT4) if bits <= 4 else values
+        integers: Any = op.Cast(values, to=TensorProto.INT4) if bits <= 4 else values
         if len(scale.shape) == 1:
             return op.DequantizeLinear(integers, scale, axis=0)
         return op.DequantizeLinear(integers, scale, axis=1, block_size=values.shape[1] // scale.shape[1])

@@ -16,7 +16,7 @@ from martlet.core import pipeline, store
 from martlet.core.errors import ArtifactError, NumericsError, RecipeError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context
+from martlet.core.technique import Context, silent
 from martlet.data.preprocess import Preprocess
 from martlet.engine.onnx import to_onnx
 from martlet.functional.formats import IntegerGrid
@@ -62,7 +62,7 @@ def wrap(vit: nn.Module) -> Model:
         num_classes=5,
         name="tiny",
         origin={"source": "test", "weights": "random"},
-        preprocess=Preprocess(size=SIZE, resize=None, mean=(0.5,) * 3, std=(0.5,) * 3),
+        preprocess=Preprocess(size=SIZE, resize=None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     )
 
 
@@ -107,7 +107,7 @@ def inputs_of(graph_module: GraphModule) -> dict[str, Tensor]:
         return lambda value, x, *rest: rows.setdefault(name, []).append(x.flatten(0, -2))
 
     watch = {site.node: keep(site.name) for site in sites(graph_module) if site.kind == "linear"}
-    observe_calls(graph_module, Smooth(), watch, lambda *_: None, "")
+    observe_calls(graph_module, Smooth(), watch, silent, "")
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
