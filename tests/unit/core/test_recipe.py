@@ -71,7 +71,7 @@ def test_a_shipped_recipe_by_name():
 
 
 def test_text_of_one_line():
-    assert str(Recipe((Fuse(), Int8(ranges="minmax", smooth=True)))) == "fuse | int8(ranges=minmax, smooth=True)"
+    assert str(Recipe((Fuse(), Int8(ranges="minmax", smooth=False)))) == "fuse | int8(ranges=minmax, smooth=False)"
     assert str(Recipe()) == "none"
 
 
@@ -92,7 +92,7 @@ def test_digest_changes_with_every_setting_pass_and_order():
 
 def test_digest_does_not_change_with_formatting():
     plain = "martlet: 1\npasses:\n- fuse\n- int8:\n    ranges: minmax\n"
-    spaced = "# a comment\npasses: [fuse: {}, int8: {smooth: false, ranges: 'minmax'}]\nmartlet: 1"
+    spaced = "# a comment\npasses: [fuse: {}, int8: {smooth: true, ranges: 'minmax'}]\nmartlet: 1"
     digests = {Recipe.from_yaml(text).digest() for text in (plain, spaced)}
     assert digests == {Recipe((Fuse(), Int8(ranges="minmax"))).digest()}
     [digest] = digests

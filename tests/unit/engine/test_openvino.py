@@ -13,6 +13,7 @@ from martlet.core.report import environment
 from martlet.engine.openvino import OpenVINO, OpenVINOSession, _executed, _Node, _Product
 from martlet.graph.sites import sites, source
 from martlet.nn.quantizers import ActivationQuantizer
+from martlet.techniques.quantize import int8 as int8_technique
 
 vnni = pytest.mark.skipif("vnni" not in environment()["cpu"], reason="no int8 dot products on this processor")
 
@@ -56,9 +57,10 @@ def test_attention_left_in_float_is_seen(vit, lowered, images):
 
 @vnni
 @pytest.mark.parametrize("left", ["first", "second"])
-def test_two_products_in_one_kernel_are_told_apart(int8, lowered, images, left):
+def test_two_products_in_one_kernel_are_told_apart(vit, lowered, images, left, monkeypatch):
     """With one product's rounding taken out, half of the attention's MACs are float and half int8."""
-    model = int8("openvino").copy()
+    monkeypatch.setattr(int8_technique, "share_grids_", lambda graph_module, quantizers: dict(quantizers))
+    model = quantized(vit, "openvino")
     products = [site for site in sites(model.module) if site.is_attention]  # type: ignore[arg-type]
     for site in products[0 if left == "first" else 1 :: 2]:
         for position in site.activations:
