@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from martlet.core.technique import Technique
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "recipes"
+BITS = re.compile(r"(?P<name>.+)-w(?P<weight>\d)a(?P<activation>\d)")
+"""A shipped recipe with the bits of weights and activations."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,11 @@ class Recipe:
     def load(cls, spec: str) -> Recipe:
         """`int8` (shipped), `path/to/recipe.yaml`, a technique's name, `none`, or several joined by `|`.
 
-        Alone, a name is a shipped recipe's first; joined, a technique's.
+        Alone, a name is a shipped recipe's first; joined, a technique's. `repq-vit-w4a6` is the shipped `repq-vit` with
+        weights of 4 bits and activations of 6.
 
         Raises:
-            RecipeError: nothing of that name.
+            RecipeError: nothing of that name, or a recipe without bits to set.
         """
         if spec.endswith((".yaml", ".yml")):
             try:
@@ -130,10 +134,29 @@ class Recipe:
                 recipe |= cls.from_yaml((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"), name)
             elif name in registry.entries():
                 recipe |= registry.technique(name)()
+            elif (bits := BITS.fullmatch(name)) and bits["name"] in shipped():
+                text = (SHIPPED / f"{bits['name']}.yaml").read_text(encoding="utf-8")
+                recipe |= cls.from_yaml(text, name).with_bits(int(bits["weight"]), int(bits["activation"]))
             elif name != "none":
                 known = [*shipped(), *registry.entries(), "none"]
                 raise RecipeError(f"there is no recipe {name!r}{nearest(name, known)} (see: martlet list recipes)")
         return recipe
+
+    def with_bits(self, weight: int, activation: int) -> Recipe:
+        """The recipe with other bits in the passes that have `weight_bits` and `activation_bits`.
+
+        Raises:
+            RecipeError: none has, or bits that one can't have.
+        """
+        bits = {"weight_bits": weight, "activation_bits": activation}
+        ours = [all(hasattr(technique, name) for name in bits) for technique in self.passes]
+        if not any(ours):
+            raise RecipeError(
+                f"no pass of {', '.join(t.name for t in self.passes)} takes weight_bits and activation_bits"
+            )
+        return Recipe(
+            tuple(replace(t, **bits) if has else t for t, has in zip(self.passes, ours, strict=True))  # type: ignore[type-var]
+        )
 
 
 def shipped() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from martlet.core.errors import EngineError
 from martlet.core.model import Model
@@ -108,17 +108,28 @@ def _unpack_weights_(graph_module: GraphModule) -> None:
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_module"):
         quantizer = graph_module.get_submodule(str(node.target))
-        if isinstance(quantizer, PackedWeightQuantizer):
-            scale = quantizer.scale if quantizer.scale.shape[1] > 1 else quantizer.scale.flatten()
-            names = f"{node.name}_values", f"{node.name}_scale"
-            for name, tensor in zip(names, (quantizer.values(), scale), strict=True):
-                graph_module.register_buffer(name, tensor)
-            with graph.inserting_before(node):
-                operands = [graph.get_attr(name) for name in names]
-                weight = graph.call_function(torch.ops.martlet.dequantize_groups.default, (*operands, quantizer.bits))
-            weight.meta = dict(node.meta)
-            node.replace_all_uses_with(weight)
-            graph.erase_node(node)
+        if not isinstance(quantizer, PackedWeightQuantizer):
+            continue
+        values, *parameters = quantizer.integers()
+        if quantizer.scale.shape[1] == 1:
+            parameters = [None if p is None else p.flatten() for p in parameters]
+        with graph.inserting_before(node):
+            operands: list[Node | None] = []
+            for name, tensor in zip(("values", "scale", "zero_point"), (values, *parameters), strict=True):
+                if tensor is not None:
+                    graph_module.register_buffer(f"{node.name}_{name}", tensor)
+                operands.append(None if tensor is None else graph.get_attr(f"{node.name}_{name}"))
+            weight = graph.call_function(torch.ops.martlet.dequantize_groups.default, (*operands, quantizer.bits))
+            moved = [*range(1, quantizer.axis + 1), 0, *range(quantizer.axis + 1, len(quantizer.shape))]
+            if len(moved) != 2:
+                sizes = [quantizer.shape[quantizer.axis], *quantizer.shape[: quantizer.axis]]
+                sizes += quantizer.shape[quantizer.axis + 1 :]
+                weight = graph.call_function(torch.ops.aten.reshape.default, (weight, sizes))
+            if quantizer.axis != 0:
+                weight = graph.call_function(torch.ops.aten.permute.default, (weight, moved))
+        weight.meta = dict(node.meta)
+        node.replace_all_uses_with(weight)
+        graph.erase_node(node)
 
 
 def _name_nodes_(graph: onnx.GraphProto) -> None:

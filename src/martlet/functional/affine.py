@@ -25,10 +25,15 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int = -1) -> 
     return (q.to(scale.dtype) - zero.to(scale.dtype)) * scale
 
 
-def dequantize_groups(values: Int[Tensor, "o i"], scale: Tensor) -> Float[Tensor, "o i"]:
-    """values * scale, without a zero point, in scale's type; scale (o,), or (o, groups) of neighbouring columns."""
+def dequantize_groups(
+    values: Int[Tensor, "o i"], scale: Tensor, zero_point: Tensor | None = None
+) -> Float[Tensor, "o i"]:
+    """(values - zero_point) * scale, in scale's type; both are (o,), or (o, groups) of neighbouring columns."""
     groups = scale.reshape(len(values), -1, 1)  # (o, groups, 1)
-    return (values.unflatten(1, (groups.shape[1], -1)).to(scale.dtype) * groups).flatten(1)
+    grouped = values.unflatten(1, (groups.shape[1], -1)).to(scale.dtype)
+    if zero_point is not None:
+        grouped = grouped - zero_point.reshape(groups.shape).to(scale.dtype)
+    return (grouped * groups).flatten(1)
 
 
 def affine_parameters(

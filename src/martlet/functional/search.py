@@ -163,6 +163,82 @@ def search_affine(
     return AffineGrid(bits, scale, zero)
 
 
+RowsError = Callable[[Float[Tensor, "n r"]], Float[Tensor, " n"]]
+"""From rows as they are rounded to the error of each."""
+
+
+def rows_error(rows: Float[Tensor, "n r"]) -> RowsError:
+    """Mean squared difference of each row from what it was."""
+    return lambda rounded: (rounded - rows).square().mean(1)
+
+
+def output_rows_error(
+    weight: Float[Tensor, "o i"], inputs: Float[Tensor, "r i"], rounded_inputs: Float[Tensor, "r i"]
+) -> RowsError:
+    """Squared error of each output of a linear layer that multiplies rounded inputs by the rounded weight.
+
+    |Ŵ X̂ - W X|² = ŵ X̂ᵀX̂ ŵᵀ - 2 ŵ X̂ᵀX wᵀ + |w Xᵀ|², so that a candidate costs no pass over the inputs.
+    """
+    hessian = rounded_inputs.T @ rounded_inputs  # (i, i)
+    cross = (rounded_inputs.T @ inputs) @ weight.T  # (i, o)
+    constant = ((inputs.T @ inputs) @ weight.T * weight.T).sum(0)  # (o)
+    return lambda rounded: ((rounded @ hessian - 2 * cross.T) * rounded).sum(1) + constant
+
+
+def search_affine_rows(
+    error: RowsError,
+    rows: Float[Tensor, "n r"],
+    bits: int,
+    keep: float = 0.9,
+    width: int = 8,
+    splits: int = 4,
+    steps: int = 4,
+) -> Float[Tensor, "n 2"]:
+    """A scale and a zero point for each row, with the least error, by the same progressive search for all at once.
+
+    As `search_affine`; zero points are whole numbers and may lie outside the codes, for rows that are far from zero.
+    """
+    last = 2**bits - 1
+    low, high = rows.amin(1), rows.amax(1)
+    span = torch.where(high > low, high - low, torch.where(high != 0, high.abs(), 1.0))  # (n)
+    ordered = rows.sort(1).values
+    cut = int((1 - keep) * rows.shape[1])
+    narrow = torch.maximum(ordered[:, -1 - cut] - ordered[:, cut], span / last)
+    origin = torch.round(-low / span * last)
+    spacing = (span - narrow) / 7 / last
+    candidates = [
+        ((narrow / last + spacing * i), origin + shift)
+        for i in range(8)
+        for shift in range(-min(8, last), min(8, last))
+    ]
+
+    def score(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        errors = []
+        for scale, zero in pairs:
+            usable = torch.where(scale > 0, scale, 1.0)[:, None]
+            codes = (torch.round(rows / usable) + zero[:, None]).clamp(0, last)
+            errors.append(torch.where(scale > 0, error((codes - zero[:, None]) * usable), float("inf")))
+        return torch.stack(errors)  # (candidates, n)
+
+    best = torch.full_like(span, float("inf"))
+    chosen = torch.stack([span / last, origin], 1)
+    for step in range(steps):
+        errors = score(candidates)
+        scales, zeros = (torch.stack(column) for column in zip(*candidates, strict=True))
+        top = errors.topk(min(width, len(errors)), 0, largest=False).indices  # (width, n)
+        least = errors.gather(0, top[:1])[0]
+        found = torch.stack([scales.gather(0, top[:1])[0], zeros.gather(0, top[:1])[0]], 1)
+        chosen = torch.where((least < best)[:, None], found, chosen)
+        best = torch.minimum(best, least)
+        if step == steps - 1:
+            break
+        offsets = [(i + 0.5) / splits - 0.5 for i in range(splits)]
+        kept = [(scales.gather(0, top[i : i + 1])[0], zeros.gather(0, top[i : i + 1])[0]) for i in range(len(top))]
+        candidates = [(scale + spacing * offset, zero) for scale, zero in kept for offset in offsets]
+        spacing = spacing / splits
+    return chosen
+
+
 def search_logarithmic(
     error: RoundingError,
     x: Tensor,

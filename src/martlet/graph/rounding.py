@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.errors import ArtifactError
 from martlet.graph.sites import PERMUTATIONS
-from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from martlet.nn.quantizers import Quantizer, build, structure
 
 DTYPES = {"u8": torch.uint8, "s8": torch.int8}
 
@@ -38,11 +38,14 @@ Edge = tuple[Node, Node]
 
 @dataclass(frozen=True)
 class Rounding:
-    """One quantizer: it rounds `producer`'s value for some of its consumers."""
+    """One quantizer: it rounds `producer`'s value for some of its consumers.
+
+    grid: what these have in common; a name, where the quantizer itself says all else.
+    """
 
     producer: Node
     consumers: tuple[Node, ...]
-    grid: Grid
+    grid: Grid | str
 
     @property
     def name(self) -> str:
@@ -71,9 +74,9 @@ def hoist(edges: Mapping[Edge, Grid]) -> dict[Edge, Grid]:
     return edges
 
 
-def group(edges: Mapping[Edge, Grid]) -> list[Rounding]:
+def group(edges: Mapping[Edge, Grid] | Mapping[Edge, str]) -> list[Rounding]:
     """One rounding for all consumers that want the same grid of the same value."""
-    groups: dict[tuple[Node, Grid], list[Node]] = {}
+    groups: dict[tuple[Node, Grid | str], list[Node]] = {}
     for (producer, consumer), grid in edges.items():
         groups.setdefault((producer, grid), []).append(consumer)
     return [Rounding(producer, tuple(consumers), grid) for (producer, grid), consumers in groups.items()]
@@ -123,35 +126,44 @@ def tensor(graph_module: GraphModule, node: object) -> Tensor:
     return getattr(graph_module.get_submodule(owner), leaf)
 
 
-def record(roundings: Iterable[Rounding], weights: Iterable[tuple[Node, int, int]]) -> dict[str, Any]:
-    """What `restore_` needs: names of nodes, grids, and the axis of each weight's scales."""
-    return {
-        "activations": [[r.producer.name, [c.name for c in r.consumers], str(r.grid)] for r in roundings],
-        "weights": [[node.name, position, axis] for node, position, axis in weights],
+def insert_(
+    graph_module: GraphModule,
+    activations: Mapping[Rounding, Quantizer],
+    weights: Iterable[tuple[Node, int, Quantizer]],
+) -> dict[str, Any]:
+    """Inserts all quantizers. Returns what `restore_` needs: names of nodes, and each quantizer's structure."""
+    weights = list(weights)
+    record = {
+        "activations": [
+            [r.producer.name, [c.name for c in r.consumers], str(r.grid), structure(quantizer)]
+            for r, quantizer in activations.items()
+        ],
+        "weights": [[node.name, position, structure(quantizer)] for node, position, quantizer in weights],
     }
+    for r, quantizer in activations.items():
+        insert_activation_(graph_module, r, quantizer)
+    for node, position, quantizer in weights:
+        insert_weight_(graph_module, node, position, quantizer)
+    clean_(graph_module)
+    return record
 
 
 def restore_(graph_module: GraphModule, saved: Mapping[str, Any]) -> None:
-    """Inserts quantizers of the recorded shape with empty tensors, to be filled from a state dict.
+    """Inserts quantizers of the recorded structure with empty tensors, to be filled from a state dict.
 
     Raises:
         ArtifactError: the graph has no node of a recorded name.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     try:
-        for producer, consumers, grid in saved["activations"]:
-            code, _, symmetric = grid.partition("_")
-            rounding = Rounding(nodes[producer], tuple(nodes[c] for c in consumers), Grid(code, bool(symmetric)))
-            zero = torch.zeros((), dtype=rounding.grid.dtype)
-            insert_activation_(graph_module, rounding, ActivationQuantizer(torch.ones(()), zero))
-        for name, position, axis in saved["weights"]:
+        for producer, consumers, grid, its in saved["activations"]:
+            rounding = Rounding(nodes[producer], tuple(nodes[c] for c in consumers), grid)
+            insert_activation_(graph_module, rounding, build(its))
+        for name, position, its in saved["weights"]:
             parameter = nodes[name].args[position]
             if not isinstance(parameter, Node) or parameter.op != "get_attr":
                 raise KeyError(f"{name} with a weight at {position}")
-            weight = tensor(graph_module, parameter)
-            values = torch.zeros(weight.shape, dtype=torch.int8)
-            scale = torch.ones(weight.shape[axis])
-            insert_weight_(graph_module, nodes[name], position, WeightQuantizer(values, scale, axis))
+            insert_weight_(graph_module, nodes[name], position, build(its))
     except KeyError as error:
         raise ArtifactError(
             f"the traced graph has no node {error}; it was recorded with other library versions"

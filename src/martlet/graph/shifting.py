@@ -52,8 +52,8 @@ def shift_(graph_module: GraphModule, images: Batches, progress: Progress) -> in
 
     Where a bias is missing that would have to take up the shift, the tensor stays as it is.
     """
-    norms = [n for n in norms_before_linears(graph_module) if _has_biases(n, *n.users)]
-    found = [a for a in attentions(graph_module) if a.v and a.output and _has_biases(a.v.linear, a.output.linear)]
+    norms = [n for n in norms_before_linears(graph_module) if has_biases(n, *n.users)]
+    found = [a for a in attentions(graph_module) if a.v and a.output and has_biases(a.v.linear, a.output.linear)]
     seen = {node: _Channels() for node in (*norms, *(a.v.linear for a in found if a.v))}
     watch: dict[Node, Callable[[Tensor], None]] = {node: s.look for node, s in seen.items()}
     if watch:
@@ -94,7 +94,7 @@ def norms_before_linears(graph_module: GraphModule) -> list[Node]:
     return norms
 
 
-def _has_biases(*nodes: Node) -> bool:
+def has_biases(*nodes: Node) -> bool:
     """True if each has a bias of its own: the last of three arguments of a Linear, of four of a LayerNorm."""
     biases = [node.args[3 if node.target is not aten.linear.default else 2 :][:1] for node in nodes]
     return all(b and isinstance(b[0], Node) and b[0].op == "get_attr" and len(b[0].users) == 1 for b in biases)

@@ -67,6 +67,14 @@ class Site:
     def is_attention(self) -> bool:
         return self.weight is None
 
+    @property
+    def output_axis(self) -> int:
+        """Along which a weight's output channels lie."""
+        if self.node.target not in (aten.matmul.default, aten.mm.default):
+            return 0
+        assert self.weight is not None and isinstance(self.node.args[self.weight], Node)
+        return self.node.args[self.weight].meta["val"].ndim - (1 if self.weight == 1 else 2)
+
 
 def sites(graph_module: GraphModule) -> Iterator[Site]:
     """Every multiplication, in the order of execution."""

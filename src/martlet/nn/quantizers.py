@@ -5,7 +5,8 @@ A quantizer says of itself whether an engine has a kernel for it (`simulated`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -13,17 +14,22 @@ from torch import Tensor, nn
 
 from martlet.functional import affine
 from martlet.functional.packing import pack, unpack
+from martlet.functional.table import Table, lookup
 
 # Operators of our own, because they must export to exactly one ONNX operator each, but for the type of 4-bit values.
 _library = torch.library.Library("martlet", "DEF")
 _library.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor")
 _library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
-_library.define("dequantize_groups(Tensor values, Tensor scale, int bits) -> Tensor")
+_library.define("dequantize_groups(Tensor values, Tensor scale, Tensor? zero_point, int bits) -> Tensor")
+_library.define("lookup(Tensor x, Tensor edges, Tensor values) -> Tensor")
 _library.impl("quantize", affine.quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", affine.dequantize, "CompositeExplicitAutograd")
 _library.impl(
-    "dequantize_groups", lambda q, scale, bits: affine.dequantize_groups(q, scale), "CompositeExplicitAutograd"
+    "dequantize_groups",
+    lambda q, scale, zero_point, bits: affine.dequantize_groups(q, scale, zero_point),
+    "CompositeExplicitAutograd",
 )
+_library.impl("lookup", lookup, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("martlet::quantize")
@@ -37,8 +43,13 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
 
 
 @torch.library.register_fake("martlet::dequantize_groups")
-def _(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     return torch.empty_like(values, dtype=scale.dtype)
+
+
+@torch.library.register_fake("martlet::lookup")
+def _(x: Tensor, edges: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=values.dtype)
 
 
 class ActivationQuantizer(nn.Module):
@@ -57,9 +68,66 @@ class ActivationQuantizer(nn.Module):
     def bits(self) -> int:
         return torch.iinfo(self.zero_point.dtype).bits
 
+    def structure(self) -> dict[str, Any]:
+        return {"signed": self.zero_point.dtype == torch.int8}
+
+    @classmethod
+    def empty(cls, structure: Mapping[str, Any]) -> ActivationQuantizer:
+        return cls(torch.ones(()), torch.zeros((), dtype=torch.int8 if structure["signed"] else torch.uint8))
+
     def forward(self, x: Tensor) -> Tensor:
         q = torch.ops.martlet.quantize(x, self.scale, self.zero_point, -1)
         return torch.ops.martlet.dequantize(q, self.scale, self.zero_point, -1)
+
+
+class TableQuantizer(nn.Module):
+    """Rounds an activation to the values of a table, (table(x / scale + offset) - offset) · scale.
+
+    The table has a code for each of its values, however they are spaced; without one, codes are the whole numbers from
+    0 to 2^bits - 1. Scale and offset are one number, or (n,) numbers along `axis`. Engines have no kernel for it.
+    """
+
+    simulated: ClassVar[bool] = True
+    edges: Tensor | None
+    values: Tensor | None
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, bits: int, scale: Tensor, offset: Tensor, axis: int = 1, table: Table | None = None) -> None:
+        super().__init__()
+        self.bits, self.axis = bits, axis
+        self.register_buffer("edges", None if table is None else table.edges.float())
+        self.register_buffer("values", None if table is None else table.values.float())
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("offset", offset.float())
+
+    def structure(self) -> dict[str, Any]:
+        levels = None if self.values is None else len(self.values)
+        return {"bits": self.bits, "scales": list(self.scale.shape), "axis": self.axis, "levels": levels}
+
+    @classmethod
+    def empty(cls, structure: Mapping[str, Any]) -> TableQuantizer:
+        ones, levels = torch.ones(structure["scales"]), structure["levels"]
+        table = None if levels is None else Table(torch.zeros(levels - 1), torch.zeros(levels))
+        return cls(structure["bits"], ones, torch.zeros_like(ones), structure["axis"], table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, offset = self.along(self.scale, x), self.along(self.offset, x)
+        return (self.look_up(x / scale + offset) - offset) * scale
+
+    def look_up(self, x: Tensor) -> Tensor:
+        """The table's value for each of x, which is of any shape."""
+        if self.edges is None or self.values is None:
+            return torch.clamp(torch.round(x), 0, 2**self.bits - 1)
+        return torch.ops.martlet.lookup(x, self.edges, self.values)
+
+    def along(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """A parameter, shaped to go with x."""
+        if parameter.ndim == 0:
+            return parameter
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        return parameter.reshape(shape)
 
 
 class ChannelScale(nn.Module):
@@ -104,24 +172,44 @@ class WeightQuantizer(nn.Module):
     def shape(self) -> torch.Size:
         return self.values.shape
 
+    def structure(self) -> dict[str, Any]:
+        return {"shape": [*self.shape], "axis": self.axis}
+
+    @classmethod
+    def empty(cls, structure: Mapping[str, Any]) -> WeightQuantizer:
+        shape, axis = structure["shape"], structure["axis"]
+        return cls(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[axis]), axis)
+
     def forward(self) -> Tensor:
         return torch.ops.martlet.dequantize(self.values, self.scale, self.zero_point, self.axis)
 
 
 class PackedWeightQuantizer(nn.Module):
-    """Holds a Linear's weight (O, I) as packed codes of 2 to 8 bits, with one symmetric scale for each row's group.
+    """Holds a weight as packed codes of 2 to 8 bits, with a scale for each group of a row.
 
-    Takes codes as `IntegerGrid` gives them, 2^(bits - 1) for zero, and scales (O, groups) of neighbouring columns.
+    A row is what one output channel, along `axis`, multiplies: the weight moved and flattened to (O, I). Takes codes
+    (O, I) and scales (O, groups) of neighbouring columns. Zero points are codes too, (O, groups); without them zero is
+    2^(bits - 1), as `IntegerGrid` has it.
     """
 
     codes: Tensor
     scale: Tensor
+    zero_point: Tensor | None
 
-    def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        bits: int,
+        zero_point: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        axis: int = 0,
+    ) -> None:
         super().__init__()
-        self.bits, self.shape = bits, codes.shape
+        self.bits, self.shape, self.axis = bits, torch.Size(shape or codes.shape), axis
         self.register_buffer("codes", pack(codes, bits))
         self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.uint8))
 
     @property
     def simulated(self) -> bool:
@@ -129,14 +217,66 @@ class PackedWeightQuantizer(nn.Module):
 
     @property
     def group_size(self) -> int:
-        return self.shape[1] // self.scale.shape[1]
+        return self.columns // self.scale.shape[1]
 
-    def values(self) -> Tensor:
-        """Signed integers, int8 (O, I)."""
-        return (unpack(self.codes, self.bits, self.shape[1]).to(torch.int16) - 2 ** (self.bits - 1)).to(torch.int8)
+    @property
+    def columns(self) -> int:
+        return prod(self.shape) // self.shape[self.axis]
+
+    def structure(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits,
+            "shape": [*self.shape],
+            "axis": self.axis,
+            "groups": self.scale.shape[1],
+            "zero_point": self.zero_point is not None,
+        }
+
+    @classmethod
+    def empty(cls, structure: Mapping[str, Any]) -> PackedWeightQuantizer:
+        shape, axis, groups = structure["shape"], structure["axis"], structure["groups"]
+        codes = torch.zeros(shape[axis], prod(shape) // shape[axis], dtype=torch.uint8)
+        zero_point = torch.zeros(shape[axis], groups) if structure["zero_point"] else None
+        return cls(codes, torch.ones(shape[axis], groups), structure["bits"], zero_point, shape, axis)
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values (O, I), their scale, and the value of zero: int8, of which `bits` bits are used."""
+        half = 2 ** (self.bits - 1)
+        values = (unpack(self.codes, self.bits, self.columns).to(torch.int16) - half).to(torch.int8)
+        zero = None if self.zero_point is None else (self.zero_point.to(torch.int16) - half).to(torch.int8)
+        return values, self.scale, zero
 
     def forward(self) -> Tensor:
-        return torch.ops.martlet.dequantize_groups(self.values(), self.scale, self.bits)
+        return self.unflatten(torch.ops.martlet.dequantize_groups(*self.integers(), self.bits))
+
+    def flatten(self, weight: Tensor) -> Tensor:
+        """A weight of this shape as rows (O, I)."""
+        return weight.movedim(self.axis, 0).flatten(1)
+
+    def unflatten(self, rows: Tensor) -> Tensor:
+        """Rows (O, I) as a weight of this shape."""
+        moved = [self.shape[self.axis], *self.shape[: self.axis], *self.shape[self.axis + 1 :]]
+        return rows.reshape(moved).movedim(0, self.axis)
+
+
+Quantizer = ActivationQuantizer | TableQuantizer | WeightQuantizer | PackedWeightQuantizer
+KINDS: dict[str, type[Quantizer]] = {
+    kind.__name__: kind for kind in (ActivationQuantizer, TableQuantizer, WeightQuantizer, PackedWeightQuantizer)
+}
+
+
+def structure(quantizer: Quantizer) -> dict[str, Any]:
+    """JSON from which `build` makes a quantizer whose tensors a state dict can fill."""
+    return {"kind": type(quantizer).__name__, **quantizer.structure()}
+
+
+def build(structure: Mapping[str, Any]) -> Quantizer:
+    """A quantizer with empty tensors.
+
+    Raises:
+        KeyError: no such kind, or something is missing.
+    """
+    return KINDS[structure["kind"]].empty(structure)
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -150,15 +290,35 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def dequantize(q, scale, zero_point, axis: int):
         return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
-    def dequantize_groups(values, scale, bits: int):
+    def dequantize_groups(values, scale, zero_point, bits: int):
         integers: Any = op.Cast(values, to=TensorProto.INT4) if bits <= 4 else values
+        operands = [integers, scale]
+        if zero_point is not None:
+            operands.append(op.Cast(zero_point, to=TensorProto.INT4) if bits <= 4 else zero_point)
         if len(scale.shape) == 1:
-            return op.DequantizeLinear(integers, scale, axis=0)
-        return op.DequantizeLinear(integers, scale, axis=1, block_size=values.shape[1] // scale.shape[1])
+            return op.DequantizeLinear(*operands, axis=0)
+        return op.DequantizeLinear(*operands, axis=1, block_size=values.shape[1] // scale.shape[1])
+
+    def look_up(x, edges, values):
+        """A binary search: a step halves the table, and ends at how many edges are below x."""
+        position: Any = None
+        step = 1 << (int(values.shape[0]) - 1).bit_length() - 1
+        while step:
+            at = (
+                op.Constant(value_int=step - 1)
+                if position is None
+                else op.Add(position, op.Constant(value_int=step - 1))
+            )
+            above = op.Cast(op.Greater(x, op.Gather(edges, at)), to=TensorProto.INT64)
+            found = op.Mul(above, op.Constant(value_int=step))
+            position = found if position is None else op.Add(position, found)
+            step //= 2
+        return op.Gather(values, position)
 
     ours = torch.ops.martlet
     return {
         ours.quantize.default: quantize,
         ours.dequantize.default: dequantize,
         ours.dequantize_groups.default: dequantize_groups,
+        ours.lookup.default: look_up,
     }

@@ -169,16 +169,13 @@ def quantize_all(graph_module: GraphModule) -> dict[str, object]:
     """A quantizer on every activation that is multiplied and on every weight. Returns the record."""
     found = list(sites(graph_module))
     roundings = group(hoist(all_edges(graph_module)))
-    weights = [(site.node, site.weight, 0) for site in found if site.weight is not None]
-    record = rounding.record(roundings, weights)
-    for r in roundings:
-        insert_activation_(graph_module, r, quantizer(r.grid))
-    for node, position, axis in weights:
-        weight = rounding.tensor(graph_module, node.args[position]).detach()
-        scale = weight.flatten(1).abs().amax(1) / 127
-        insert_weight_(graph_module, node, position, WeightQuantizer.round(weight, scale, axis))
-    clean_(graph_module)
-    return record
+    weights = []
+    for site in found:
+        if site.weight is not None:
+            weight = rounding.tensor(graph_module, site.node.args[site.weight]).detach()
+            scale = weight.flatten(1).abs().amax(1) / 127
+            weights.append((site.node, site.weight, WeightQuantizer.round(weight, scale, 0)))
+    return rounding.insert_(graph_module, {r: quantizer(r.grid) for r in roundings}, weights)
 
 
 @pytest.mark.parametrize("name", [*VITS, "convolutions"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from martlet.core.errors import ArtifactError, NumericsError, RecipeError, UsageError
+from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
@@ -95,31 +95,18 @@ class GPTQ(Technique):
         walk = Sequential(graph_module, {site.node: site for site in found}, quantize)
         with torch.no_grad():
             walk.run(images)
-        quantizers = [(site.node, walk.quantizers[_parameter(site.node)]) for site in found]
-        for node, quantizer in quantizers:
-            rounding.insert_weight_(graph_module, node, 1, quantizer)
-        rounding.clean_(graph_module)
-        sizes = Counter(quantizer.group_size for _, quantizer in quantizers)
+        quantizers = [walk.quantizers[_parameter(site.node)] for site in found]
+        placed = [(site.node, 1, quantizer) for site, quantizer in zip(found, quantizers, strict=True)]
+        sizes = Counter(quantizer.group_size for quantizer in quantizers)
         return {
             "quantized": {"linear": len(found)},
             "group_sizes": {str(size): count for size, count in sorted(sizes.items())},
-            "rounding": [[node.name, quantizer.group_size] for node, quantizer in quantizers],
+            "rounding": rounding.insert_(graph_module, {}, placed),
         }
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
-        graph_module = model.module
-        assert isinstance(graph_module, GraphModule)
-        nodes = {site.node.name: site.node for site in linears(graph_module)}
-        for name, group_size in record["rounding"]:
-            if name not in nodes:
-                raise ArtifactError(
-                    f"the traced graph has no Linear {name}; it was recorded with other library versions"
-                )
-            outputs, inputs = rounding.tensor(graph_module, nodes[name].args[1]).shape
-            codes = torch.zeros(outputs, inputs, dtype=torch.uint8)
-            quantizer = PackedWeightQuantizer(codes, torch.ones(outputs, inputs // group_size), self.bits)
-            rounding.insert_weight_(graph_module, nodes[name], 1, quantizer)
-        rounding.clean_(graph_module)
+        assert isinstance(model.module, GraphModule)
+        rounding.restore_(model.module, record["rounding"])
 
     def quantize(self, name: str, x: Tensor, weight: Tensor) -> PackedWeightQuantizer:
         """A Linear's weight (O, I), rounded for inputs (…, I)."""

@@ -98,12 +98,7 @@ class Int8(Technique):
         corrected = 0
         if self.bias_correction:
             corrected = correct_biases_(graph_module, weights, images, context)
-        record = rounding.record(activations, [(s.node, s.weight or 0, q.axis) for s, q in weights.items()])
-        for r, quantizer in activations.items():
-            rounding.insert_activation_(graph_module, r, quantizer)
-        for site, quantizer in weights.items():
-            rounding.insert_weight_(graph_module, site.node, site.weight or 0, quantizer)
-        rounding.clean_(graph_module)
+        record = rounding.insert_(graph_module, activations, [(s.node, s.weight or 0, q) for s, q in weights.items()])
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
         return {
             "quantized": counts,
@@ -294,6 +289,6 @@ def _quantizer_on_path(
 def _weight_quantizer(graph_module: GraphModule, site: Site) -> WeightQuantizer:
     """Integer codes of a weight, one scale an output channel, with the least squared rounding error."""
     weight = rounding.tensor(graph_module, site.node.args[site.weight or 0]).detach()
-    axis = 0 if site.node.target not in (aten.matmul.default, aten.mm.default) else weight.ndim - 1
+    axis = site.output_axis
     rows = weight.movedim(axis, 0).flatten(1)  # (O, …)
     return WeightQuantizer.round(weight, weight_scale_mse(rows), axis)

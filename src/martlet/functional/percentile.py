@@ -1,0 +1,57 @@
+"""Ranges between percentiles: of a few, the one whose grid has the least squared error."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from martlet.functional.search import AffineGrid
+
+QUANTILES = (0.999, 0.9999, 0.99999)
+"""RepQ-ViT's official code, and RepQuant's and I&S-ViT's after it."""
+
+
+def percentile_scales(rows: Float[Tensor, "n r"], bits: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """For each row a scale and a zero point, which is a whole number and may lie outside the codes.
+
+    Each of QUANTILES cuts as much from both ends; the one with the least squared error is taken. A row of one value gets
+    a scale that represents it. Source: Li et al., RepQ-ViT, 2023, arXiv 2212.08254, official code.
+    """
+    ordered = rows.sort(1).values
+    last = 2**bits - 1
+    best = torch.full_like(rows[:, 0], float("inf"))
+    scale, zero = torch.ones_like(best), torch.zeros_like(best)
+    for quantile in QUANTILES:
+        low, high = _at(ordered, 1 - quantile), _at(ordered, quantile)
+        span = high - low
+        step = torch.where(span > 0, span, torch.where(high != 0, high.abs(), 1.0)) / last  # (n)
+        origin = torch.round(-low / step)
+        codes = (torch.round(rows / step[:, None]) + origin[:, None]).clamp(0, last)
+        error = ((codes - origin[:, None]) * step[:, None] - rows).square().mean(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, step, scale), torch.where(better, origin, zero)
+    return scale, zero
+
+
+def percentile_grids(rows: Float[Tensor, "n r"], bits: int) -> Float[Tensor, "n 2"]:
+    """As `percentile_scales`, with zero on every grid: what a format for weights stores."""
+    low, high = rows.amin(1), rows.amax(1)
+    ends = torch.stack([low.clamp(max=0), high.clamp(min=0)], 1)  # (n, 2)
+    scale, zero = percentile_scales(torch.cat([rows, torch.zeros_like(ends)], 1), bits)
+    return torch.stack([scale, zero.clamp(0, 2**bits - 1)], 1)
+
+
+def percentile_affine(x: Tensor, bits: int) -> AffineGrid:
+    """One grid for a tensor of any shape."""
+    scale, zero = percentile_scales(x.reshape(1, -1), bits)
+    return AffineGrid(bits, float(scale), int(zero.clamp(0, 2**bits - 1)))
+
+
+def _at(ordered: Float[Tensor, "n r"], quantile: float) -> Float[Tensor, " n"]:
+    """The quantile of sorted rows, between its two neighbours in proportion."""
+    position = quantile * (ordered.shape[1] - 1)
+    below = int(position)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], position - below)

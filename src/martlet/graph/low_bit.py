@@ -1,0 +1,158 @@
+"""What the methods for few bits share: one order of work, in which each says only what is its own.
+
+A method changes the float model exactly (`prepare_`), chooses a grid for each tensor (`activation`, `weight`, or `decide`
+for both at once), and may learn the rest block by block (`reconstruct_`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from martlet.core.errors import NumericsError, RecipeError, UsageError
+from martlet.core.facts import Fact
+from martlet.core.model import Model
+from martlet.core.technique import Context, Stage, Technique
+from martlet.functional.formats import IntegerGrid
+from martlet.functional.ranges import weight_scale_mse
+from martlet.functional.search import AffineGrid
+from martlet.functional.table import Quantizes, Table, tabulate
+from martlet.graph import rounding
+from martlet.graph.fit import Call, Fitted, Operand, TensorKind, fit
+from martlet.graph.sites import Site, sites
+from martlet.nn.quantizers import (
+    ActivationQuantizer,
+    PackedWeightQuantizer,
+    Quantizer,
+    TableQuantizer,
+    WeightQuantizer,
+)
+
+FIT_IMAGES = 32
+"""How many calibration images grids are chosen on: what the papers take."""
+IMAGE_BITS = 8
+"""An image has 8 bits to begin with; the methods' official codes leave its rounding there too."""
+ROWS = 1024
+"""How many rows of a tensor a search that rounds it again and again looks at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowBit(Technique):
+    """Fields and order of work of every method that rounds weights and activations to few bits.
+
+    Rounds the weight of every Linear and convolution, its input, and q, k, v and the softmax's output of every
+    attention. LayerNorm, softmax, GELU and residual additions are computed in floating point.
+    """
+
+    stage: ClassVar[Stage] = Stage.GRAPH
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.UNFUSED})
+    needs_images: ClassVar[bool] = True
+    rounded_inputs: ClassVar[bool] = True
+    """Grids are chosen on tensors that come from rounded ones, as they will be."""
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise RecipeError(f"{self.name}: {name} is {getattr(self, name)}; it can be 2 to 8")
+
+    def check(self, model: Model) -> None:
+        assert isinstance(model.module, GraphModule)
+        if not any(True for _ in sites(model.module)):
+            raise UsageError(f"{self.name}: {model.name} has no Linear, convolution or attention product to quantize")
+
+    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
+        graph_module = model.module
+        assert isinstance(graph_module, GraphModule)
+        graph_module.requires_grad_(False)
+        batches = context.calibration(self)
+        images = torch.cat(list(batches))
+        changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
+        found = list(sites(graph_module))
+        fitted = fit(graph_module, found, images[:FIT_IMAGES], self.decide, self.rounded_inputs, context.progress)
+        record = rounding.insert_(graph_module, fitted.activations, fitted.weights)
+        counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
+        return {"quantized": counts, **changed, "rounding": record}
+
+    def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
+        assert isinstance(model.module, GraphModule)
+        rounding.restore_(model.module, record["rounding"])
+
+    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
+        """Changes the float model without changing its logits. Returns what the record should tell of it."""
+        return {}
+
+    def decide(self, call: Call) -> Fitted:
+        """How one multiplication's operands are rounded."""
+        operands = {p: self._checked(call.site, operand, self.activation) for p, operand in call.operands.items()}
+        return Fitted(operands, None if call.weight is None else self.weight(call))
+
+    @abstractmethod
+    def activation(self, operand: Operand) -> Quantizer:
+        """The grid of one activation."""
+
+    def weight(self, call: Call) -> Quantizer:
+        """The grid of one weight, and its rounding. Without more: the least squared error, a grid for each row."""
+        return quantized_weight(call, self.weight_bits, IntegerGrid(self.weight_bits, symmetric=False, least=0.5).fit)
+
+    def bits(self, kind: TensorKind) -> int:
+        """Of an activation."""
+        return IMAGE_BITS if kind == "image" else self.activation_bits
+
+    def _checked(self, site: Site, operand: Operand, choose: Any) -> Quantizer:
+        if not bool(torch.isfinite(operand.value).all()):
+            raise NumericsError(f"{self.name}: an input of {site.name} is NaN or infinite")
+        return choose(operand)
+
+
+def affine(grid: AffineGrid) -> Quantizer:
+    """One uniform grid for a tensor; with 8 bits, in the form that engines have kernels for."""
+    scale = torch.tensor(grid.scale)
+    if grid.bits == 8:
+        return ActivationQuantizer(scale, torch.tensor(grid.zero_point, dtype=torch.uint8))
+    return TableQuantizer(grid.bits, scale, torch.tensor(float(grid.zero_point)))
+
+
+def affine_heads(grids: list[AffineGrid], axis: int = 1) -> TableQuantizer:
+    """A uniform grid for each slice along `axis`."""
+    scale = torch.tensor([grid.scale for grid in grids])
+    return TableQuantizer(grids[0].bits, scale, torch.tensor([float(grid.zero_point) for grid in grids]), axis)
+
+
+def tabulated(grid: Quantizes) -> TableQuantizer:
+    """Any grid, as a table whose largest value is 1, and its scale."""
+    table = tabulate(grid)
+    scale = table.values.abs().max()
+    unit = Table(table.edges / scale, table.values / scale)
+    return TableQuantizer(grid.bits, scale, torch.zeros(()), table=unit)
+
+
+def quantized_weight(call: Call, bits: int, fit: Callable[[Tensor], Tensor], symmetric: bool = False) -> Quantizer:
+    """A weight rounded to nearest; 8 bits in the form that engines multiply.
+
+    fit: a scale and a zero point (O, 2) for each row (O, I), which is an output channel's; not asked with 8 bits.
+    """
+    assert call.weight is not None
+    weight, axis = call.weight.detach(), call.site.output_axis
+    rows = weight.movedim(axis, 0).flatten(1)  # (O, I)
+    if bits == 8:
+        return WeightQuantizer.round(weight, weight_scale_mse(rows), axis)
+    parameters = fit(rows)
+    codes = IntegerGrid(bits, symmetric).quantize(rows, parameters)
+    zero = None if symmetric else parameters[:, 1:]
+    return PackedWeightQuantizer(codes, parameters[:, :1].clone(), bits, zero, weight.shape, axis)
+
+
+def sample(x: Tensor, rows: int = ROWS) -> Tensor:
+    """Evenly spaced rows of a tensor (…, C), (rows, C) or fewer: the same ones each time."""
+    flat = x.flatten(0, -2)
+    return flat[:: max(1, len(flat) // rows)]

@@ -1,0 +1,211 @@
+"""Learns how weights round, and scales of activations, block by block, so that each block gives what it gave in float.
+
+Source: Li et al., BRECQ, 2021, arXiv 2102.05426 (blocks); Nagel et al., AdaRound, 2020, arXiv 2004.10568 (weights); Wei
+et al., QDrop, 2022, arXiv 2203.05740 (a block's input is the rounded one, of which some numbers are the float ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from martlet.core.technique import Progress
+from martlet.functional.adaround import (
+    annealed_beta,
+    drop_quantization,
+    initial_rounding,
+    learned_codes,
+    rounding_regularizer,
+    soft_weight,
+)
+from martlet.functional.packing import pack
+from martlet.graph.segments import Segment, blocks, extract
+from martlet.nn.quantizers import PackedWeightQuantizer, TableQuantizer
+
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How a block learns.
+
+    steps: of Adam, on BATCH images each. weight_rate, scale_rate: their learning rates; the latter falls to zero along a
+    cosine, and is relative to the scale. drop: the share of a block's input that is float. decide: the weight of the
+    regularizer that drives each weight to one side, against a loss that starts at 1.
+    """
+
+    steps: int = 300
+    weight_rate: float = 1e-2
+    scale_rate: float = 1e-3
+    drop: float = 0.5
+    decide: float = 1.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """What an objective may use: the float block, what follows it, and the block's float input and output."""
+
+    segment: Segment
+    module: GraphModule
+    rest: GraphModule | None
+    input: Tensor
+    output: Tensor
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From a block's error (b, …) and the numbers (b,) of the images it is of to one number."""
+
+
+def mean_squared(block: Block) -> Loss:
+    """The mean squared error."""
+    return lambda error, images: error.square().mean()
+
+
+def reconstruct_(
+    rounded: GraphModule,
+    original: GraphModule,
+    images: Tensor,
+    objective: Callable[[Block], Loss],
+    learning: Learning,
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """Learns all blocks in their order, each on the output of those before it. Returns its loss before and after.
+
+    original: the same graph before it was rounded, with the same node names. The loss before and after is relative to
+    the float output: mean squared error over mean square.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nodes = {node.name: node for node in rounded.graph.nodes}
+    pieces = blocks(original)
+    last = pieces[-1].output
+    exact = approximate = images
+    report = []
+    for i, piece in enumerate(pieces):
+        progress("reconstruct", i, len(pieces))
+        before = extract(original, piece.input, piece.output)
+        now = extract(rounded, nodes[piece.input.name], nodes[piece.output.name])
+        rest = None if piece.output is last else extract(original, piece.output, last)
+        target = _run(before, exact)
+        block = Block(piece, before, rest, exact, target)
+        start = _relative(_run(now, approximate), target)
+        learner = _Learner(now, original)
+        if learner.weights or learner.scales:
+            learner.learn_(block, approximate, objective(block), learning, generator)
+        exact, approximate = target, _run(now, approximate)
+        report.append({"before": start, "after": _relative(approximate, target)})
+    progress("reconstruct", len(pieces), len(pieces))
+    return report
+
+
+class _SoftWeight(nn.Module):
+    """A weight between two codes, each of its numbers by itself."""
+
+    def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.rows = quantizer.flatten(weight.detach())  # (O, I)
+        self.scale = quantizer.scale.repeat_interleave(quantizer.group_size, 1)
+        half = torch.full_like(quantizer.scale, 2 ** (quantizer.bits - 1))
+        zero = half if quantizer.zero_point is None else quantizer.zero_point.to(half.dtype)
+        self.zero = zero.repeat_interleave(quantizer.group_size, 1)
+        self.v = nn.Parameter(initial_rounding(self.rows, self.scale))
+
+    def forward(self) -> Tensor:
+        soft = soft_weight(self.rows, self.v, self.scale, self.zero, self.quantizer.bits)
+        return self.quantizer.unflatten(soft)
+
+    def finish_(self) -> None:
+        codes = learned_codes(self.rows, self.v.detach(), self.scale, self.zero, self.quantizer.bits)
+        self.quantizer.codes.copy_(pack(codes, self.quantizer.bits))
+
+
+class _LearnedScale(nn.Module):
+    """A table whose scale has a gradient, through the rounding as if it weren't there (LSQ: Esser et al., 2020)."""
+
+    def __init__(self, quantizer: TableQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.factor = nn.Parameter(torch.ones_like(quantizer.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.quantizer
+        scale, offset = q.along(q.scale * self.factor, x), q.along(q.offset, x)
+        return (_StraightThrough.apply(x / scale + offset, q) - offset) * scale
+
+    def finish_(self) -> None:
+        self.quantizer.scale.mul_(self.factor.detach())
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, quantizer: TableQuantizer) -> Tensor:  # type: ignore[override]
+        low, high = (0, 2**quantizer.bits - 1) if quantizer.values is None else quantizer.values[[0, -1]]
+        ctx.save_for_backward((x >= low) & (x <= high))
+        return quantizer.look_up(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0], None
+
+
+class _Learner:
+    """A block whose quantizers have parameters while it learns."""
+
+    def __init__(self, module: GraphModule, original: GraphModule) -> None:
+        self.module = module
+        self.weights: dict[str, _SoftWeight] = {}
+        self.scales: dict[str, _LearnedScale] = {}
+        for node in module.graph.nodes:
+            if node.op != "call_module":
+                continue
+            name = str(node.target)
+            quantizer = module.get_submodule(name)
+            if isinstance(quantizer, PackedWeightQuantizer):
+                owner, _, leaf = name.removesuffix("_quantizer").rpartition(".")
+                self.weights[name] = _SoftWeight(quantizer, getattr(original.get_submodule(owner), leaf))
+            elif isinstance(quantizer, TableQuantizer):
+                self.scales[name] = _LearnedScale(quantizer)
+
+    def learn_(self, block: Block, rounded: Tensor, loss: Loss, learning: Learning, generator: torch.Generator) -> None:
+        learned = {**self.weights, **self.scales}
+        for name, layer in learned.items():
+            self.module.set_submodule(name, layer)
+        weights = torch.optim.Adam([w.v for w in self.weights.values()] or [torch.zeros(1)], learning.weight_rate)
+        scales = torch.optim.Adam([s.factor for s in self.scales.values()] or [torch.zeros(1)], learning.scale_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(scales, learning.steps)
+        count = sum(w.v.numel() for w in self.weights.values())
+        first: Tensor | None = None
+        for step in range(learning.steps):
+            chosen = torch.randperm(len(rounded), generator=generator)[:BATCH]
+            x = drop_quantization(rounded[chosen], block.input[chosen], learning.drop, generator)
+            error = loss(self.module(x) - block.output[chosen], chosen)
+            first = error.detach() if first is None else first
+            total = error / first
+            beta = annealed_beta(step, learning.steps)
+            if beta is not None and self.weights:
+                undecided = sum(rounding_regularizer(w.v, beta) for w in self.weights.values())
+                total = total + learning.decide * undecided / count
+            weights.zero_grad()
+            scales.zero_grad()
+            total.backward()
+            weights.step()
+            scales.step()
+            schedule.step()
+        with torch.no_grad():
+            for name, layer in learned.items():
+                layer.finish_()
+                self.module.set_submodule(name, layer.quantizer)
+
+
+def _run(module: GraphModule, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([module(part) for part in x.split(BATCH)])
+
+
+def _relative(value: Tensor, target: Tensor) -> float:
+    return float((value - target).square().mean() / target.square().mean())

@@ -1,0 +1,47 @@
+"""Moves a change of channels between a LayerNorm and the Linears that read it into both. Logits stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from martlet.functional.reparameterize import ChannelChange
+from martlet.graph.rounding import tensor
+from martlet.graph.shifting import has_biases, norms_before_linears
+
+Change = Callable[[Tensor, Sequence[Tensor]], ChannelChange]
+"""From a LayerNorm's output (R, C) and the weights (O, C) that read it."""
+
+
+def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -> dict[str, int]:
+    """Changes every LayerNorm that Linears alone read, and these. Returns how many of how many were changed.
+
+    Where a bias is missing that would have to take up an offset, all stays as it is.
+    """
+    norms = norms_before_linears(graph_module)
+    todo = [norm for norm in norms if has_biases(norm, *norm.users)]
+    changes: dict[Node, ChannelChange] = {}
+
+    class Walk(Interpreter):
+        def run_node(self, n: Node) -> object:
+            value = super().run_node(n)
+            if n in todo:
+                weights = [tensor(graph_module, linear.args[1]).detach() for linear in n.users]
+                changes[n] = change(value.flatten(0, -2), weights)  # type: ignore[union-attr]
+            return value
+
+    with torch.no_grad():
+        if todo:
+            Walk(graph_module).run(images)
+        for norm in todo:
+            parameters = [tensor(graph_module, argument) for argument in norm.args[2:4]]
+            for parameter, new in zip(parameters, changes[norm].into_norm(*parameters), strict=True):
+                parameter.copy_(new)
+            for linear in norm.users:
+                own = [tensor(graph_module, argument) for argument in linear.args[1:3]]
+                for parameter, new in zip(own, changes[norm].into_linear(*own), strict=True):
+                    parameter.copy_(new)
+    return {"reparameterized": len(todo), "layer_norms": len(norms)}

@@ -1,0 +1,101 @@
+"""adalog: logarithmic grids whose base is searched, for softmax and GELU; all else uniform, searched by output error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from martlet.core.technique import Context
+from martlet.functional.logarithmic import GELU_SHIFT
+from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.search import (
+    linear_error,
+    output_rows_error,
+    rows_error,
+    search_affine,
+    search_affine_rows,
+    search_logarithmic,
+    squared_error,
+)
+from martlet.graph.fit import Call, Fitted, Operand
+from martlet.graph.low_bit import LowBit, affine, affine_heads, quantized_weight, sample, tabulated
+from martlet.graph.reparameterize import reparameterize_
+from martlet.nn.quantizers import Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLog(LowBit):
+    """Quantize a vision transformer to few bits, softmax and GELU outputs by a logarithm whose base is searched.
+
+    Everything is chosen by the error of the layer that reads it, from coarse to fine (FPCS). LayerNorm outputs are
+    re-parameterized as in RepQ-ViT; q, k and v have a grid for each head. The arithmetic is simulated.
+
+    Args:
+        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+
+    Shape: none changes.
+    Needs: images, without labels; the first 32 are looked at.
+    Cost: two forward passes, and a few hundred roundings of each weight and of a sample of each activation.
+    Paper: Wu et al., AdaLog, 2024, arXiv 2407.12951.
+    Differs: activations are searched on 1,024 rows of each tensor and weights once after them, where the official code
+        takes all rows, three rounds of both, and six steps of the search for four here. A softmax's base is chosen by
+        the error of its own values. LayerNorms without a bias, or before a Linear without one, stay as they are.
+    Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
+        NumericsError for an activation that is NaN.
+    """
+
+    name: ClassVar[str] = "adalog"
+    summary: ClassVar[str] = "few bits: softmax and GELU by an adaptive logarithm, all searched by output error"
+    paper: ClassVar[str] = "Wu et al., AdaLog, 2024, arXiv 2407.12951"
+    rounded_inputs: ClassVar[bool] = False
+
+    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
+        return reparameterize_(graph_module, images, self.change)
+
+    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
+        """From each channel's own grid to the mean one."""
+        channels = sample(rows).T.contiguous()
+        found = search_affine_rows(rows_error(channels), channels, self.activation_bits)
+        return reparameterize_scales(found[:, 0], found[:, 1])
+
+    def decide(self, call: Call) -> Fitted:
+        if call.site.node.target is not torch.ops.aten.linear.default:
+            return super().decide(call)
+        assert call.weight is not None
+        weight = call.weight.detach()
+        operands = dict[int, Quantizer]()
+        for position, operand in call.operands.items():
+            rows = sample(operand.value)
+            operands[position] = self._for_linear(operand, rows, weight)
+            rounded = operands[position](rows)
+            error = output_rows_error(weight, rows, rounded)
+            fit = lambda w, error=error: search_affine_rows(error, w, self.weight_bits)  # noqa: E731
+            return Fitted(operands, quantized_weight(call, self.weight_bits, fit))
+        return Fitted(operands, self.weight(call))
+
+    def activation(self, operand: Operand) -> Quantizer:
+        x, bits = operand.value, self.bits(operand.kind)
+        if operand.kind == "softmax":
+            few = sample(x.flatten()[:, None], 2**17)
+            return tabulated(search_logarithmic(squared_error(few), few, bits, scale=1.0))
+        if operand.kind in ("query", "key", "value") and x.ndim == 4:
+            heads = [sample(head) for head in x.unbind(1)]
+            return affine_heads([search_affine(squared_error(h), h, bits, width=8, splits=4, steps=4) for h in heads])
+        few = sample(x)
+        return affine(search_affine(squared_error(few), few, bits, width=8, splits=4, steps=4))
+
+    def weight(self, call: Call) -> Quantizer:
+        return quantized_weight(
+            call, self.weight_bits, lambda w: search_affine_rows(rows_error(w), w, self.weight_bits)
+        )
+
+    def _for_linear(self, operand: Operand, rows: Tensor, weight: Tensor) -> Quantizer:
+        error = linear_error(rows, weight)
+        if operand.kind == "gelu":
+            return tabulated(search_logarithmic(error, rows, self.activation_bits, shift=GELU_SHIFT))
+        return affine(search_affine(error, rows, self.bits(operand.kind), width=8, splits=4, steps=4))

@@ -1,0 +1,64 @@
+"""repq_vit: grids that fit a LayerNorm's channels and a softmax's tail, changed into ones that kernels could take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from martlet.core.technique import Context
+from martlet.functional.logarithmic import LogarithmicGrid
+from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
+from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.search import best_grid, squared_error
+from martlet.graph.fit import Call, Operand
+from martlet.graph.low_bit import LowBit, affine, quantized_weight, tabulated
+from martlet.graph.reparameterize import reparameterize_
+from martlet.nn.quantizers import Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepQViT(LowBit):
+    """Quantize a vision transformer to few bits: LayerNorm outputs channel by channel, attention maps by a logarithm.
+
+    Channel-wise grids become one grid by a change of the LayerNorm and of the weights that read it; a log√2 grid is
+    read as log2 with two scales. Percentiles choose ranges. Nothing is learned. The arithmetic is simulated.
+
+    Args:
+        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+
+    Shape: none changes.
+    Needs: images, without labels; the first 32 are looked at.
+    Cost: two forward passes.
+    Paper: Li et al., RepQ-ViT, 2023, arXiv 2212.08254.
+    Differs: channels' ranges are those of the float model; the official code sees them with what comes before rounded.
+        Images keep 8 bits, which that code rounds like all else. LayerNorms without a bias, or before a Linear
+        without one, stay as they are; the record counts them.
+    Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
+        NumericsError for an activation that is NaN.
+    """
+
+    name: ClassVar[str] = "repq_vit"
+    summary: ClassVar[str] = "few bits: scales of LayerNorm and softmax outputs re-parameterized"
+    paper: ClassVar[str] = "Li et al., RepQ-ViT, 2023, arXiv 2212.08254"
+
+    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
+        return reparameterize_(graph_module, images, self.change)
+
+    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
+        """From each channel's own grid to the mean one."""
+        return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))
+
+    def activation(self, operand: Operand) -> Quantizer:
+        x, bits = operand.value, self.bits(operand.kind)
+        if operand.kind == "softmax":
+            tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
+            return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
+        return affine(percentile_affine(x, bits))
+
+    def weight(self, call: Call) -> Quantizer:
+        return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))
