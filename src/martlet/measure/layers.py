@@ -58,8 +58,10 @@ def layer_errors(baseline: Model, compressed: Model, images: Tensor, progress: P
     reference, test = outputs
     layers = []
     for name, (site, value) in reference.items():
-        if name in test and test[name][1].shape == value.shape:
-            error = sqnr_db(value, align(value, test[name][1], CHANNELS[site.kind]))
+        other, its = test.get(name, (site, value[:0]))
+        if (other.kind, its.shape[-1], its.numel()) == (site.kind, value.shape[-1], value.numel()):
+            its = its.reshape(value.shape)  # a Linear's (B N, O) as (B, N, O)
+            error = sqnr_db(value, align(value, its, CHANNELS[site.kind]))
             if math.isfinite(error):
                 layers.append(Layer(name=name, kind=site.kind, sqnr_db=round(error, 2)))
     return layers
