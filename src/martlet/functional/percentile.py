@@ -12,11 +12,14 @@ QUANTILES = (0.999, 0.9999, 0.99999)
 """RepQ-ViT's official code, and RepQuant's and I&S-ViT's after it."""
 
 
-def percentile_scales(rows: Float[Tensor, "n r"], bits: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def percentile_scales(
+    rows: Float[Tensor, "n r"], bits: int, with_zero: bool = False
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """For each row a scale and a zero point, which is a whole number and may lie outside the codes.
 
-    Each of QUANTILES cuts as much from both ends; the one with the least squared error is taken. A row of one value gets
-    a scale that represents it. Source: Li et al., RepQ-ViT, 2023, arXiv 2212.08254, official code.
+    with_zero: ranges are extended to 0, so that it doesn't. Each of QUANTILES cuts as much from both ends; the one with
+    the least squared error is taken. A row of one value gets a scale that represents it. Source: Li et al., RepQ-ViT,
+    2023, arXiv 2212.08254, official code.
     """
     ordered = rows.sort(1).values
     last = 2**bits - 1
@@ -24,6 +27,8 @@ def percentile_scales(rows: Float[Tensor, "n r"], bits: int) -> tuple[Float[Tens
     scale, zero = torch.ones_like(best), torch.zeros_like(best)
     for quantile in QUANTILES:
         low, high = _at(ordered, 1 - quantile), _at(ordered, quantile)
+        if with_zero:
+            low, high = low.clamp(max=0), high.clamp(min=0)
         span = high - low
         step = torch.where(span > 0, span, torch.where(high != 0, high.abs(), 1.0)) / last  # (n)
         origin = torch.round(-low / step)
@@ -37,16 +42,13 @@ def percentile_scales(rows: Float[Tensor, "n r"], bits: int) -> tuple[Float[Tens
 
 def percentile_grids(rows: Float[Tensor, "n r"], bits: int) -> Float[Tensor, "n 2"]:
     """As `percentile_scales`, with zero on every grid: what a format for weights stores."""
-    low, high = rows.amin(1), rows.amax(1)
-    ends = torch.stack([low.clamp(max=0), high.clamp(min=0)], 1)  # (n, 2)
-    scale, zero = percentile_scales(torch.cat([rows, torch.zeros_like(ends)], 1), bits)
-    return torch.stack([scale, zero.clamp(0, 2**bits - 1)], 1)
+    return torch.stack(percentile_scales(rows, bits, with_zero=True), 1)
 
 
 def percentile_affine(x: Tensor, bits: int) -> AffineGrid:
-    """One grid for a tensor of any shape."""
-    scale, zero = percentile_scales(x.reshape(1, -1), bits)
-    return AffineGrid(bits, float(scale), int(zero.clamp(0, 2**bits - 1)))
+    """One grid for a tensor of any shape, with zero on it."""
+    scale, zero = percentile_scales(x.reshape(1, -1), bits, with_zero=True)
+    return AffineGrid(bits, float(scale), int(zero))
 
 
 def _at(ordered: Float[Tensor, "n r"], quantile: float) -> Float[Tensor, " n"]:

@@ -87,12 +87,11 @@ def median_scale(scale: Float[Tensor, " c"]) -> Float[Tensor, ""]:
     return torch.quantile(scale, 0.5)
 
 
-def smooth_with_bias(
-    low: Float[Tensor, " c"], high: Float[Tensor, " c"], weight_amax: Float[Tensor, " c"], alpha: float = 0.5
-) -> ChannelChange:
-    """SQ-b: each channel moved to the middle of its range first, and then smoothed as SmoothQuant does.
+def smooth_with_bias(rows: Float[Tensor, "r c"], weight_amax: Float[Tensor, " c"], alpha: float = 0.5) -> ChannelChange:
+    """SQ-b: each channel moved by its mean first, and then smoothed as SmoothQuant does.
 
-    The offset is -(low + high) / 2; the ratio is SmoothQuant's factor of what is left, (high - low) / 2, and of the
-    greatest magnitude of the weights that read the channel. Source: Tai and Wu, MPTQ-ViT, 2024, arXiv 2401.14895.
+    The ratio is SmoothQuant's factor of the greatest magnitude of what is left, and of the weights that read the
+    channel. Source: Tai and Wu, MPTQ-ViT, 2024, arXiv 2401.14895.
     """
-    return ChannelChange(smoothquant_factors((high - low) / 2, weight_amax, alpha), -(low + high) / 2)
+    mean = rows.mean(0)
+    return ChannelChange(smoothquant_factors((rows - mean).abs().amax(0), weight_amax, alpha), -mean)

@@ -19,9 +19,10 @@ from martlet.functional.logarithmic import GELU_SHIFT, check_bits
 class TwinSoftmaxGrid:
     """Codes below 2^(bits - 1) are multiples of `fine`, the others, less 2^(bits - 1), multiples of `coarse`.
 
-    fine = 2^-exponent coarse; values under 2^(bits - 1) fine are in the fine range. Differs: coarse is
-    1 / (2^(bits - 1) - 1), as in the official code, so that 1 is on the grid; the paper's 1 / 2^(bits - 1) clips it.
-    That code adds the values of both ranges up, which gives x plus the split point; here, as in the paper, it's either.
+    fine = 2^-exponent coarse. Differs: coarse is 1 / (2^(bits - 1) - 1), as in the official code, so that 1 is on the
+    grid; the paper's 1 / 2^(bits - 1) clips it. What lies between the greatest fine value and the next coarse one goes
+    to the nearer; the paper rounds it to a multiple of coarse, which may be 0, and that code, which adds the values of
+    both ranges up, gives x plus the split point.
 
     Raises:
         ValueError: bits not from 2 to 8, a negative exponent.
@@ -43,12 +44,18 @@ class TwinSoftmaxGrid:
     def fine(self) -> float:
         return self.coarse * 2.0**-self.exponent
 
+    @property
+    def split(self) -> float:
+        """In the middle between the greatest fine value and the next coarse one: the end of the fine range."""
+        places = 2 ** (self.bits - 1) - 1
+        return (places * self.fine + (places // 2**self.exponent + 1) * self.coarse) / 2
+
     def quantize(self, x: Tensor) -> UInt8[Tensor, "*s"]:
         """Codes of values in [0, 1], of any shape; others saturate."""
         half = 2 ** (self.bits - 1)
         low = torch.round(x / self.fine).clamp(0, half - 1)
         high = torch.round(x / self.coarse).clamp(0, half - 1) + half
-        return torch.where(x < half * self.fine, low, high).to(torch.uint8)
+        return torch.where(x <= self.split, low, high).to(torch.uint8)
 
     def dequantize(self, codes: UInt8[Tensor, "*s"], dtype: torch.dtype = torch.float32) -> Tensor:
         """The values that codes stand for."""

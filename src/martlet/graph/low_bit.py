@@ -1,14 +1,14 @@
 """What the methods for few bits share: one order of work, in which each says only what is its own.
 
-A method changes the float model exactly (`prepare_`), chooses a grid for each tensor (`activation`, `weight`, or `decide`
-for both at once), and may learn the rest block by block (`reconstruct_`).
+A method changes the float model exactly (`prepare_`), chooses a grid for each tensor (`activation`, `weight`, or
+`decide` for both at once), and may learn the rest block by block (`reconstruct_`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from martlet.functional.search import AffineGrid
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fitted, Operand, TensorKind, fit
-from martlet.graph.sites import Site, sites
+from martlet.graph.sites import sites
 from martlet.nn.quantizers import (
     ActivationQuantizer,
     PackedWeightQuantizer,
@@ -78,7 +78,9 @@ class LowBit(Technique):
         images = torch.cat(list(batches))
         changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
         found = list(sites(graph_module))
-        fitted = fit(graph_module, found, images[:FIT_IMAGES], self.decide, self.rounded_inputs, context.progress)
+        ask = self.decider(graph_module, images[:FIT_IMAGES], context)
+        decide = lambda call: self._decide(call, ask)  # noqa: E731
+        fitted = fit(graph_module, found, images[:FIT_IMAGES], decide, self.rounded_inputs, context.progress)
         record = rounding.insert_(graph_module, fitted.activations, fitted.weights)
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
         return {"quantized": counts, **changed, "rounding": record}
@@ -91,9 +93,13 @@ class LowBit(Technique):
         """Changes the float model without changing its logits. Returns what the record should tell of it."""
         return {}
 
+    def decider(self, graph_module: GraphModule, images: Tensor, context: Context) -> Callable[[Call], Fitted]:
+        """What decides: `decide`, or that with what a method has to know of the whole model first."""
+        return self.decide
+
     def decide(self, call: Call) -> Fitted:
-        """How one multiplication's operands are rounded."""
-        operands = {p: self._checked(call.site, operand, self.activation) for p, operand in call.operands.items()}
+        """How one multiplication's operands are rounded. None of them is constant, NaN or infinite."""
+        operands = {position: self.activation(operand) for position, operand in call.operands.items()}
         return Fitted(operands, None if call.weight is None else self.weight(call))
 
     @abstractmethod
@@ -108,10 +114,22 @@ class LowBit(Technique):
         """Of an activation."""
         return IMAGE_BITS if kind == "image" else self.activation_bits
 
-    def _checked(self, site: Site, operand: Operand, choose: Any) -> Quantizer:
-        if not bool(torch.isfinite(operand.value).all()):
-            raise NumericsError(f"{self.name}: an input of {site.name} is NaN or infinite")
-        return choose(operand)
+    def _decide(self, call: Call, ask: Callable[[Call], Fitted]) -> Fitted:
+        """Asks about all operands but those of one value, which every grid through it represents.
+
+        Raises:
+            NumericsError: an operand is NaN or infinite.
+        """
+        constants: dict[int, Quantizer] = {}
+        for position, operand in call.operands.items():
+            if not bool(torch.isfinite(operand.value).all()):
+                raise NumericsError(f"{self.name}: an input of {call.site.name} is NaN or infinite")
+            low, high = (float(v) for v in torch.aminmax(operand.value))
+            if low == high:
+                constants[position] = affine(AffineGrid(self.bits(operand.kind), abs(low) or 1.0, int(low < 0)))
+        varying = {position: operand for position, operand in call.operands.items() if position not in constants}
+        fitted = ask(replace(call, operands=varying))
+        return Fitted({**constants, **fitted.operands}, fitted.weight)
 
 
 def affine(grid: AffineGrid) -> Quantizer:

@@ -23,11 +23,13 @@ def gelu_values() -> torch.Tensor:
 
 
 def oracle_softmax(x: float, bits: int, exponent: int) -> tuple[int, float]:
-    """R1 = [0, 2^(k - 1) Δ1), R2 the rest of [0, 1]; Δ2 = 2^m Δ1; k - 1 bits in either."""
+    """R1 = [0, (2^(k - 1) - 1) Δ1], R2 the rest of [0, 1]; Δ2 = 2^m Δ1; k - 1 bits in either; between, the nearer."""
     half = 2 ** (bits - 1)
     coarse = 1 / (half - 1)
     fine = coarse / 2**exponent
-    if x < half * fine:
+    last = (half - 1) * fine
+    beyond = min(place * coarse for place in range(half + 1) if place * coarse > last * (1 + 1e-12))
+    if x <= last or x - last <= beyond - x:
         place = min(max(round(x / fine), 0), half - 1)
         return place, place * fine
     place = min(max(round(x / coarse), 0), half - 1)
