@@ -40,8 +40,13 @@ def to_onnx(model: Model, path: Path) -> None:
     import onnx
 
     from martlet.graph.trace import trace
+    from martlet.nn.integer import Integer
     from martlet.nn.quantizers import onnx_translations
 
+    if any(isinstance(part, Integer) for part in model.module.modules()):
+        raise EngineError(
+            f"{model.name} computes with integers alone, which only PyTorch runs here; compress it with --engine torch"
+        )
     size = model.preprocess.size
     module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
     try:

@@ -7,12 +7,15 @@ from collections import Counter
 from torch.fx import GraphModule, Node
 
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites
+from martlet.nn.integer import IntegerLayerNorm, ShiftGELU, Shiftmax
 from martlet.nn.quantizers import ChannelScale
 
 ACTIVATIONS = {
     aten.layer_norm.default: "layer_norm_output",
     aten.gelu.default: "gelu_output",
     aten.softmax.int: "softmax_output",
+    IntegerLayerNorm: "layer_norm_output",
+    ShiftGELU: "gelu_output",
 }
 
 
@@ -29,7 +32,10 @@ def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
             bits = dict(_operands(graph_module, site, floating))
             counts[name] = Counter([", ".join(f"{kind.rpartition('_')[2]} {b}" for kind, b in sorted(bits.items()))])
     for node in graph_module.graph.nodes:
-        if kind := ACTIVATIONS.get(node.target):
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Shiftmax):
+            counts.setdefault("softmax_output", Counter())[str(module.bits)] += 1
+        if kind := ACTIVATIONS.get(type(module) if module else node.target):
             for user in node.users:
                 counts.setdefault(kind, Counter())[_bits_after(graph_module, user, floating)] += 1
     residual = [

@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule, Node
 
+from martlet.nn.integer import Shiftmax
+
 aten = torch.ops.aten
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
-PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten._int_mm.default)
 PERMUTATIONS = (
     aten.reshape.default,
     aten.permute.default,
@@ -36,6 +38,7 @@ SELECTIONS = (
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.unbind.int,
+    aten.unfold.default,
     operator.getitem,
 )
 """Operations that pass on some values: a part may have a narrower range than the whole."""
@@ -92,7 +95,7 @@ def sites(graph_module: GraphModule) -> Iterator[Site]:
                 kind, weight = "linear", constant[0]
                 name = parameter_name(node.args[weight]) or ""
             else:
-                kind, weight = _role(node), None
+                kind, weight = _role(graph_module, node), None
                 name = f"{module_path(node)}.{kind}"
             activations = tuple(i for i in (0, 1) if i != weight)
         else:
@@ -122,25 +125,31 @@ def source(node: Node, through: tuple[object, ...] = SHAPE_ONLY) -> Node:
     return node
 
 
-def _unrounded(node: Node) -> Node:
+def _unrounded(graph_module: GraphModule, node: Node) -> Node:
     """As `source`, looking through quantizers too."""
     node = source(node)
-    while node.op == "call_module" and node.args and isinstance(node.args[0], Node):
+    while node.op == "call_module" and node.args and not _is_softmax(graph_module, node):
+        assert isinstance(node.args[0], Node)
         node = source(node.args[0])
     return node
 
 
-def _role(node: Node) -> Kind:
+def _is_softmax(graph_module: GraphModule, node: Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), Shiftmax)
+    return node.target in SOFTMAX
+
+
+def _role(graph_module: GraphModule, node: Node) -> Kind:
     """`values` if an operand comes from a softmax, `scores` if a softmax follows, else `product`."""
-    if any(isinstance(a, Node) and _unrounded(a).target in SOFTMAX for a in node.args):
+    if any(isinstance(a, Node) and _is_softmax(graph_module, _unrounded(graph_module, a)) for a in node.args):
         return "values"
     after, seen = [node], 0
     while after and seen < 8:  # scores pass through scale, bias and mask before their softmax
         seen += 1
         after = [user for n in after for user in n.users]
-        if any(n.target in SOFTMAX for n in after):
+        if any(_is_softmax(graph_module, n) for n in after):
             return "scores"
-        after = [
-            n for n in after if n.target in (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, *MASKS)
-        ]
+        between = (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, *MASKS)
+        after = [n for n in after if n.op == "call_module" or n.target in between]
     return "product"

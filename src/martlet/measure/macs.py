@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
-PRODUCTS = {aten.matmul: 0, aten.bmm: 0, aten.mm: 0, aten.mv: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1}
+PRODUCTS = {aten.matmul: 0, aten.bmm: 0, aten.mm: 0, aten._int_mm: 0, aten.mv: 0, aten.linear: 0}
+PRODUCTS |= {aten.addmm: 1, aten.baddbmm: 1}
 """Matrix products, and where their first factor is among the arguments."""
 
 
