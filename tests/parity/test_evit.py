@@ -11,7 +11,9 @@ SCHEDULE = {1: 4, 2: 5, 3: 1}
 
 
 def keeping(r: int, prefix: int = 1, by_size: bool = False) -> Choose:
-    def choose(tokens: list[Token], keys: list[Tensor], by_head: list[list[float]]) -> list[Token]:
+    def choose(
+        tokens: list[Token], keys: list[Tensor], by_head: list[list[float]], before: list[Tensor]
+    ) -> list[Token]:
         seen = [sum(each) / len(each) for each in by_head]
         ranked = sorted(range(prefix, len(tokens)), key=lambda t: -seen[t])
         keep = len(ranked) - r - 1

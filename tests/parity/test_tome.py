@@ -15,7 +15,7 @@ SCHEDULE = {0: 4, 2: 3, 3: 2}
 def merging(r: int, prefix: int = 1, grid: tuple[int, int] | None = None, informativeness: float = 0.0) -> Choose:
     """grid: merge as `2x2` does, in row order if a grid is given, else every fourth."""
 
-    def choose(tokens: list[Token], keys: list[Tensor], seen: list[list[float]]) -> list[Token]:
+    def choose(tokens: list[Token], keys: list[Tensor], seen: list[list[float]], before: list[Tensor]) -> list[Token]:
         patches = range(prefix, len(tokens))
         if grid is None:
             destinations = [t for t in patches if t % 2]
@@ -69,9 +69,9 @@ def test_this_can_fail() -> None:
     found = logits_with(module, ToMe(r=SCHEDULE))
     right = {block: merging(r) for block, r in SCHEDULE.items()}
 
-    def first(tokens: list[Token], keys: list[Tensor], seen: list[list[float]]) -> list[Token]:
+    def first(tokens: list[Token], keys: list[Tensor], seen: list[list[float]], before: list[Tensor]) -> list[Token]:
         """Sizes forgotten in every block."""
-        return [(1.0, x) for _, x in merging(4)(tokens, keys, seen)]
+        return [(1.0, x) for _, x in merging(4)(tokens, keys, seen, before)]
 
     wrong = [
         (right, False),  # no sizes in attention

@@ -16,8 +16,9 @@ from martlet.vit.tokens import TokenReduction
 
 Token = tuple[float, Tensor]
 """Size and value (C,)."""
-Choose = Callable[[list[Token], list[Tensor], list[list[float]]], list[Token]]
-"""From tokens, their keys (H, D), and the class token's attention to each in each head, to fewer tokens."""
+Choose = Callable[[list[Token], list[Tensor], list[list[float]], list[Tensor]], list[Token]]
+"""From tokens, their keys (H, D), the class token's attention to each in each head, and its value (C,)
+before the attention, to fewer tokens."""
 
 
 def vit(**kwargs: object) -> VisionTransformer:
@@ -92,7 +93,7 @@ def through(block: torch.nn.Module, tokens: list[Token], choose: Choose | None, 
             parts.append(sum(w / total * v[j][h] for j, w in enumerate(weights)))
         attended.append((size, x + attention.proj(torch.cat(parts))))  # type: ignore[arg-type]
     if choose is not None:
-        attended = choose(attended, k, seen)
+        attended = choose(attended, k, seen, [x for _, x in tokens])
     return [(size, x + block.mlp(block.norm2(x))) for size, x in attended]
 
 

@@ -18,6 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 
+SHARPNESS = 100.0
+"""Of the softmax of correlations: a difference of 0.05 is a factor of 150."""
+OUT_OF_REACH = 1e4
+
+
 class Reduction(NamedTuple):
     """From N tokens to M.
 
@@ -82,6 +87,42 @@ def bipartite_soft_matching(
     return _reduction(num_prefix, destinations, sources, joins, staying)
 
 
+def squeeze(
+    features: Float[Tensor, "b n c"],
+    r: int,
+    num_prefix: int,
+    anchors: Sequence[int],
+    bonus: Float[Tensor, "b n"] | None = None,
+) -> Reduction:
+    """All but r tokens stay, and each of these r joins the one that stays which it correlates with most.
+
+    Prefix and anchors stay. So do those others whose best correlation with an anchor, less their bonus, is least. What
+    is left: the prefix, the anchors, the others that stay, the odd one out first. Only patches join, and no prefix.
+
+    Who joins whom is a softmax of correlations over those that stay, so sharp (SHARPNESS) that nearly all goes to the
+    nearest: one operation, in which equals share, and in which a token that stays joins itself.
+    Source: Wei et al., Joint Token Pruning and Squeezing, 2023, arXiv 2304.10716, section 3.2, for joining the nearest
+    that stays.
+    """
+    _, count, width = features.shape
+    fixed = [*range(num_prefix), *anchors]
+    scores = functional.layer_norm(features, (width,))  # (B, N, C); products of two are C times their correlation
+    held = pick(scores, fixed)  # (B, F, C)
+    staying = count - r - len(fixed)
+    if staying:
+        alike = _product(scores, held[:, num_prefix:].mT).amax(-1) / width  # (B, N)
+        if bonus is not None:
+            alike = alike - bonus
+        never = torch.zeros(count).index_fill(0, torch.tensor(fixed, dtype=torch.long), OUT_OF_REACH)
+        chosen = (alike + never.to(alike)).topk(staying, largest=False).indices  # (B, S)
+        held = torch.cat([held, _rows(scores, chosen)], 1)  # (B, M, C)
+    barred = torch.zeros(count, held.shape[1])
+    barred[:num_prefix] = barred[:, :num_prefix] = -OUT_OF_REACH
+    barred[range(num_prefix), range(num_prefix)] = 0
+    shares = _product(scores, held.mT) * (SHARPNESS / width) + barred.to(scores)  # (B, N, M)
+    return Reduction(range(count), shares.softmax(-1).mT)
+
+
 def fuse_rest(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduction:
     """Of the tokens behind the prefix, the `keep` of the highest scores stay, and the rest join a new one.
 
@@ -96,6 +137,8 @@ def fuse_rest(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduc
 
 def pick(x: Tensor, indices: Sequence[int]) -> Tensor:
     """The same of the second axis for every image, (B, N, …) -> (B, K, …)."""
+    if [*indices] == [*range(x.shape[1])]:
+        return x
     return x.index_select(1, torch.tensor(indices, dtype=torch.long, device=x.device))
 
 
@@ -113,6 +156,13 @@ def _reduction(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b)
+
+
+def _rows(x: Float[Tensor, "b n c"], indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+    """Each image's own, as one lookup in the rows of all images."""
+    batch, n, _ = x.shape
+    first = torch.arange(batch, device=x.device)[:, None] * n
+    return x.flatten(0, 1).index_select(0, (indices + first).flatten()).unflatten(0, (batch, indices.shape[1]))
 
 
 def _one_hot(chosen: Int[Tensor, "b k"], n: int, like: Tensor) -> Float[Tensor, "b k n"]:

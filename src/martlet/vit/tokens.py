@@ -46,12 +46,14 @@ class Patches(NamedTuple):
 class Tokens(NamedTuple):
     """What a reduction may look at: the tokens of a block after its attention was added.
 
-    x: (B, N, C). query, key, value: (B, N, H D), as the projections give them, before any norm of heads.
+    x: (B, N, C). before: (B, N, C), without the attention. query, key, value: (B, N, H D), as the projections give
+    them, before any norm of heads.
     log_size: (B, N), how many patches each token stands for; None while each stands for itself.
     """
 
     block: BlockView
     x: Tensor
+    before: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
@@ -124,11 +126,12 @@ class TokenRun:
         patches, done = self.patches, list[Reduction]()
         for i, block in enumerate(self.blocks):
             queries = self.num_read if i == len(self.blocks) - 1 else None
+            before = x
             attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
             x = x[:, :queries] if queries else x
             x = x + _residual(block, attended, first=True)
             if i in self.decide:
-                reduction, weights = self.decide[i](Tokens(block, x, query, key, value, log_size, patches))
+                reduction, weights = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
                 x, total = merge(x, reduction, size if weights is None else weights)
                 patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
                 if self.proportional:
@@ -181,6 +184,37 @@ def install_(run: TokenRun) -> None:
         block.module.forward = _pass
     for block in run.blocks:
         block.attention.module.forward = _Attend(block.attention)
+
+
+class Taken:
+    """A copy of a model, taken apart so that its blocks can be run from any of them on, in many ways."""
+
+    def __init__(self, model: Model) -> None:
+        twin = model.copy()
+        self.module, self.vit = twin.module, view(twin.module)
+        self.found = reading(twin, self.vit)
+        self.patches = patches_of(self.vit, self.found.num_tokens)
+        install_(TokenRun(self.vit.blocks, self.patches))
+        self._first = self.vit.blocks[0].module
+
+    def before(self, images: Tensor) -> list[Tensor]:
+        """The tokens (B, N, C) that each block of the untouched model gets, and those that the last gives."""
+        found: list[Tensor] = []
+
+        def run(x: Tensor, *others: object, **more: object) -> Tensor:
+            found.append(x)
+            for block in self.vit.blocks:
+                found.append(TokenRun((block,), self.patches)(found[-1]))
+            return found[-1]
+
+        self._first.forward = run
+        self.module(images)
+        return found
+
+    def logits(self, images: Tensor, y: Tensor) -> Tensor:
+        """What the model makes of the tokens (B, M, C) that its last block gave for the images."""
+        self._first.forward = lambda *_, **__: y
+        return self.module(images)
 
 
 class Reading(NamedTuple):
@@ -289,6 +323,13 @@ class TokenReduction(Technique):
     def check(self, model: Model) -> None:
         self._plan(model, view(model.module))
 
+    def run(self, vit: VitView, found: Reading, schedule: Mapping[int, int]) -> TokenRun:
+        """What runs the blocks from the first that reduces on. schedule: tokens removed by block, of at least one."""
+        first = min(schedule)
+        decide = {block - first: self.decide(r) for block, r in schedule.items()}
+        patches = patches_of(vit, found.num_tokens)
+        return TokenRun(vit.blocks[first:], patches, decide, self.proportional, found.num_read)
+
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         vit = view(model.module)
         found, schedule = self._plan(model, vit)
@@ -300,12 +341,8 @@ class TokenReduction(Technique):
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         schedule = dict(record["removed"])
-        if not schedule:
-            return
-        vit, first = view(model.module), min(schedule)
-        decide = {block - first: self.decide(r) for block, r in schedule.items()}
-        patches = patches_of(vit, record["num_tokens"])
-        install_(TokenRun(vit.blocks[first:], patches, decide, self.proportional, record["num_read"]))
+        if schedule:
+            install_(self.run(view(model.module), Reading(record["num_tokens"], record["num_read"]), schedule))
 
     def _plan(self, model: Model, vit: VitView) -> tuple[Reading, dict[int, int]]:
         """What the model reads, and the tokens removed by block, those that can change nothing left out.
@@ -332,7 +369,7 @@ class TokenReduction(Technique):
             if self.asks_class_token() and not vit.tokens.class_token:
                 raise RecipeError(
                     f"{self.name} asks at {name} what the class token attends to, and {model.name} has none; "
-                    "tome with informativeness 0 needs none"
+                    "tome and tps with informativeness 0 need none"
                 )
             if r > (most := self.most(patches)):
                 raise RecipeError(

@@ -1,6 +1,7 @@
 """Reduced tokens in whole models of every library: what is untouched, what is refused, and what every block gets."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from martlet.graph.trace import trace
 from martlet.techniques.tokens.evit import EViT
 from martlet.techniques.tokens.readout import Readout
 from martlet.techniques.tokens.tome import ToMe
+from martlet.techniques.tokens.tps import TPS
 from martlet.vit import view
 from martlet.vit.tokens import TokenReduction
 
@@ -100,7 +102,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("technique", [ToMe(r=0), ToMe(r={2: 0}), ToMe(r={})])
+@pytest.mark.parametrize("technique", [ToMe(r=0), ToMe(r={2: 0}), ToMe(r={}), TPS(r=0)])
 def test_nothing_removed_is_the_untouched_model_to_the_bit(name: str, technique: TokenReduction) -> None:
     model = build(name)
     assert torch.equal(logits(apply(model, technique)), logits(model))
@@ -117,8 +119,16 @@ def test_the_last_block_computes_what_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("technique", [ToMe(r={1: 3, 3: 2}), ToMe(r={1: 3, 3: 2}, partition="2x2"), ToMe(r={0: 7})])
-def test_later_blocks_get_fewer_tokens(name: str, technique: ToMe) -> None:
+@pytest.mark.parametrize(
+    "technique",
+    [
+        ToMe(r={1: 3, 3: 2}),
+        ToMe(r={1: 3, 3: 2}, partition="2x2"),
+        ToMe(r={0: 7}),
+        TPS(r={1: 3, 3: 2}, informativeness=0.0),
+    ],
+)
+def test_later_blocks_get_fewer_tokens(name: str, technique: ToMe | TPS) -> None:
     model = build(name)
     expected = tokens_of(model)
     done = apply(model, technique)
@@ -131,9 +141,9 @@ def test_later_blocks_get_fewer_tokens(name: str, technique: ToMe) -> None:
 
 
 @pytest.mark.parametrize("name", ["class token", "no class token", "registers and qk-norm", "hf vit", "torchvision"])
-def test_the_trace_for_any_batch_agrees(name: str) -> None:
-    technique = ToMe(r={1: 3, 3: 2}, partition="2x2", informativeness=0.0 if name == "no class token" else 0.3)
-    done = apply(build(name), technique)
+@pytest.mark.parametrize("technique", [ToMe(r={1: 3, 3: 2}, partition="2x2"), TPS(r={1: 3, 3: 2})])
+def test_the_trace_for_any_batch_agrees(name: str, technique: ToMe | TPS) -> None:
+    done = apply(build(name), replace(technique, informativeness=0.0 if name == "no class token" else 0.3))
     graph = trace(done.module, done.preprocess.size)
     for batch in (1, 3):
         images = torch.randn(batch, 3, *done.preprocess.size)
@@ -194,7 +204,9 @@ def test_names_parameters_and_view_stay() -> None:
             r"evit: r removes 15 tokens at blocks\.0, where 15 patches are left; at most 14",
         ),
         ("no class token", EViT(r={2: 3}), r"evit asks at blocks\.2 what the class token attends to, and .* has none"),
-        ("no class token", ToMe(informativeness=0.3), r"tome asks at blocks\.2 .* informativeness 0 needs none"),
+        ("no class token", ToMe(informativeness=0.3), r"tome asks at blocks\.2 .* informativeness 0 need none"),
+        ("class token", TPS(r={1: 10}), r"10 tokens at blocks\.1, where 15 patches are left; at most 9 of them can go"),
+        ("no class token", TPS(), r"tps asks at blocks\.2 what the class token attends to, and .* has none"),
         ("hf vit", ToMe(r={1: 13}), r"13 tokens at model\.vit\.\S*1, where 25 patches are left; at most 12"),
     ],
 )
@@ -221,7 +233,7 @@ def test_a_schedule_survives_yaml_and_json() -> None:
     assert hash(recipe.passes[0]) == hash(ToMe(r={4: 64, 8: 32}))
 
 
-@pytest.mark.parametrize("technique", [ToMe(), EViT(), Readout()])
+@pytest.mark.parametrize("technique", [ToMe(), TPS(), EViT(), Readout()])
 def test_models_without_global_attention_are_refused(technique: TokenReduction | Readout) -> None:
     swin = timm.models.swin_transformer.SwinTransformer(  # type: ignore[attr-defined]
         img_size=(32, 16), patch_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=4, num_classes=5
