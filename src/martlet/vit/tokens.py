@@ -7,6 +7,7 @@ stay where they were, with their names and parameters, and so does the view.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from martlet.core.errors import NumericsError, RecipeError, SourceError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
+from martlet.functional.fusion import Fusion
 from martlet.functional.tokens import Reduction, merge, unmerge
 from martlet.vit.view import AttentionView, BlockView, LinearView, Part, VitView, view
 
@@ -100,6 +102,8 @@ class Decision(NamedTuple):
 
 
 Decide = Callable[[Tokens], Decision]
+Fuse = Callable[[Tensor, Tensor, Tensor, Patches], Fusion]
+"""From the tokens (B, N, C) before a block, how much all look at each (B, N), sizes (B, N), and the patches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,7 @@ class TokenRun:
         2023, arXiv 2210.09461, equation 1), so that a merged token weighs as much as those it stands for.
     num_read: the last block computes only so many leading tokens, the others being read by nobody; None for all, which
         are then given back in their original number: each takes the value of its group.
+    ahead: by position, what fuses tokens before a block, by that block's attention of all of them.
     Dropout inside attention isn't run; the model is for inference. What else a block is called with isn't used: Hugging
     Face gives masks that mask nothing, and one that did would be found by `run_from_parts_`.
     """
@@ -120,13 +125,23 @@ class TokenRun:
     decide: Mapping[int, Decide] = field(default_factory=dict)
     proportional: bool = True
     num_read: int | None = None
+    ahead: Mapping[int, Fuse] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
         size = log_size = None
-        patches, done = self.patches, list[Reduction]()
+        patches, done = self.patches, list[Callable[[Tensor], Tensor]]()
         for i, block in enumerate(self.blocks):
             queries = self.num_read if i == len(self.blocks) - 1 else None
             before = x
+            if i in self.ahead:
+                fuse = functools.partial(_fuse, block, x, size, self.ahead[i], patches)
+                fused: _Fused = block.attention.module(_before(block, x), log_size, ahead=fuse)
+                x = fused.x + _residual(block, fused.attended, first=True)
+                patches = Patches(patches.first, x.shape[1] - patches.first, None)
+                size, log_size = fused.size, fused.size.log()
+                done.append(fused.fusion.spread)
+                x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
+                continue
             attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
             x = x[:, :queries] if queries else x
             x = x + _residual(block, attended, first=True)
@@ -136,11 +151,11 @@ class TokenRun:
                 patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
                 if self.proportional:
                     size, log_size = total, total.log()
-                done.append(reduction)
+                done.append(functools.partial(unmerge, reduction=reduction))
             x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
         if not self.num_read:
-            for reduction in reversed(done):
-                x = unmerge(x, reduction)
+            for restore in reversed(done):
+                x = restore(x)
         return x
 
 
@@ -151,15 +166,24 @@ class _Attend:
     attention: AttentionView
 
     def __call__(
-        self, x: Tensor, log_size: Tensor | None = None, queries: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From x (B, N, C) to its attention (B, queries or N, C), and query, key and value (B, N, H D)."""
-        attention = self.attention
+        self,
+        x: Tensor,
+        log_size: Tensor | None = None,
+        queries: int | None = None,
+        *,
+        ahead: Callable[[Tensor], _Fused] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | _Fused:
+        """From x (B, N, C) to its attention (B, queries or N, C), and query, key and value (B, N, H D).
+
+        ahead: fuses tokens by their attention (B, H, N, N); then what is fused is returned, its attention included.
+        """
+        attention, heads = self.attention, self._heads
+        if ahead is not None:
+            query, key = (_rows_of(each, x) for each in (attention.query, attention.key))
+            scores = _through(attention.query_norm, heads(query)) @ _through(attention.key_norm, heads(key)).mT
+            scores = scores * attention.scale
+            return ahead((scores if log_size is None else scores + log_size[:, None, None]).softmax(-1))
         query, key, value = _project(attention, x)
-
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)  # (B, H, N, D)
-
         out = functional.scaled_dot_product_attention(
             _through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
             _through(attention.key_norm, heads(key)),
@@ -167,8 +191,50 @@ class _Attend:
             attn_mask=None if log_size is None else log_size[:, None, None],
             scale=attention.scale,
         )
-        out = out.transpose(1, 2).flatten(2)  # (B, N, H D)
-        return _linear(attention.proj, _through(attention.norm, out)), query, key, value
+        return self.projected(out.transpose(1, 2).flatten(2)), query, key, value  # (B, N, H D)
+
+    def value(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, H D)."""
+        return _rows_of(self.attention.value, x)
+
+    def weighed(self, weights: Tensor, value: Tensor) -> Tensor:
+        """The mean under attention weights (B, H, N, N) of values (B, N, H D)."""
+        return (weights @ self._heads(value)).transpose(1, 2).flatten(2)  # (B, N, H D)
+
+    def projected(self, x: Tensor) -> Tensor:
+        return _linear(self.attention.proj, _through(self.attention.norm, x))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """(B, N, H D) -> (B, H, N, D)."""
+        return y.unflatten(-1, (self.attention.num_heads, self.attention.head_dim)).transpose(1, 2)
+
+
+class _Fused(NamedTuple):
+    """Fused tokens (B, M, C), their attention (B, M, C), and their sizes (B, M)."""
+
+    x: Tensor
+    attended: Tensor
+    size: Tensor
+    fusion: Fusion
+
+
+def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches: Patches, weights: Tensor) -> _Fused:
+    """Fuses tokens (B, N, C) before their values are computed, and the attention weights (B, H, N, N) with them.
+
+    Columns of what is fused are added up, and rows averaged, as the tokens are: by how much they are looked at, times
+    size. That is to spread the fused values, and to average what comes out.
+    Source: Lee et al., Multi-criteria Token Fusion, 2024, arXiv 2403.10030, section 3.3.
+    """
+    attend = _Attend(block.attention)
+    seen = weights.mean((1, 2))  # (B, N)
+    size = torch.ones_like(seen) if size is None else size
+    fusion = fuse(x, seen, size, patches)
+    share = (seen * size)[..., None]  # (B, N, 1)
+    total = fusion.total(share)  # (B, M, 1)
+    fused = fusion.total(x * share) / total
+    out = attend.weighed(weights, fusion.spread(attend.value(_before(block, fused))))
+    out = fusion.total(out * share) / total
+    return _Fused(fused, attend.projected(out), fusion.total(size[..., None])[..., 0], fusion)
 
 
 def _pass(x: Tensor, *others: object, **more: object) -> Tensor:
@@ -308,9 +374,9 @@ class TokenReduction(Technique):
         """Whether it needs to know what the class token attends to."""
         return False
 
-    @abstractmethod
     def decide(self, r: int) -> Decide:
-        """What removes r tokens."""
+        """What removes r tokens. Not asked where `run` is another."""
+        raise NotImplementedError(f"{self.name} says neither how it decides nor how it runs")
 
     @abstractmethod
     def most(self, patches: Patches) -> int:
@@ -433,6 +499,13 @@ def _project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     parts = _linear(maps[0], x).split([maps[i].rows.stop - maps[i].rows.start for i in order], -1)
     query, key, value = (parts[order.index(i)] for i in range(3))
     return query, key, value
+
+
+def _rows_of(map_: LinearView, x: Tensor) -> Tensor:
+    """The map's own rows alone, in floating point whatever comes: a product that quantizers of Linears leave alone."""
+    weight = map_.weight.mT.expand(x.shape[0], -1, -1)  # (B, C, O)
+    out = torch.baddbmm(x.new_zeros(1, 1, 1), x, weight)
+    return out if map_.bias is None else out + map_.bias
 
 
 def _linear(map_: LinearView, x: Tensor) -> Tensor:
