@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from martlet.functional.integer import SIGMOID_SLOPE
-from martlet.graph.probe import PROBE_BATCH, shapes
+from martlet.graph.probe import PROBE_BATCH, call, shapes
 from martlet.graph.rounding import tensor
 from martlet.graph.sites import CONVOLUTIONS, SHAPE_ONLY, SOFTMAX, aten
 from martlet.nn.integer import (
@@ -115,7 +115,7 @@ class _Builder:
         self.image = next(node for node in graph_module.graph.nodes if node.op == "placeholder")
         self.constants = _constants(graph_module)
         self.results: dict[Node, _Codes] = {}
-        self.moved: dict[tuple[Node, Request | None, float, torch.dtype], Node] = {}
+        self.moved: dict[tuple[Node, Request, float, torch.dtype], Node] = {}
         self.lengths: dict[Node, Any] = {}
         self.like: Node | None = None
 
@@ -141,11 +141,7 @@ class _Builder:
                 self.new_image.meta = {"val": node.meta["val"]}
             elif node.op == "output":
                 self._output(node)
-            elif (
-                node in self.constants
-                or node in self.results
-                or not isinstance(self.shapes[node], Tensor | tuple | list)
-            ):
+            elif node in self.constants or node in self.results or not _has_tensors(self.shapes[node]):
                 continue
             elif rule := self._channel_scale if self._scales_channels(node) else rules.get(node.target):
                 rule(node)
@@ -274,18 +270,15 @@ class _Builder:
     def _add(self, node: Node) -> None:
         if node.kwargs or not all(isinstance(a, Node) for a in node.args):
             raise UnsupportedOperation(self._describe(node))
-        x, constant = node.args
-        assert isinstance(x, Node) and isinstance(constant, Node)
-        if x in self.results and constant in self.constants and self.constants[constant].ndim == 1:
+        x, y = node.args
+        assert isinstance(x, Node) and isinstance(y, Node)
+        if x in self.results and y in self.constants and self.constants[y].ndim == 1:
             result = self.results[x]
-            self._result(node, result.node, result.scale, result.offset + self.constants[constant].double())
+            self._result(node, result.node, result.scale, result.offset + self.constants[y].double())
             return
-        request = Request((*node.args, node), WIDE_BITS)  # type: ignore[arg-type]
-        a, b = (
-            self.at(operand, request) for operand in node.all_input_nodes * (1 if len(node.all_input_nodes) == 2 else 2)
-        )
-        limit = 2 ** (WIDE_BITS - 1)
-        total = self._call(aten.clamp.default, self._call(aten.add.Tensor, a, b), -limit, limit - 1)
+        request, limit = Request((x, y, node), WIDE_BITS), 2 ** (WIDE_BITS - 1)
+        total = self._call(aten.add.Tensor, self.at(x, request), self.at(y, request))
+        total = self._call(aten.clamp.default, total, -limit, limit - 1)
         self._result(node, total, self._scalar(request))
 
     def _cat(self, node: Node) -> None:
@@ -385,18 +378,13 @@ class _Builder:
     # nodes of the new graph
 
     def _call(self, target: Any, *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
         assert self.like is not None
-        node.meta = {key: self.like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.like.meta}
-        return node
+        return call(self.graph, self.like, target, *args)
 
     def _call_module(self, name: str, module: nn.Module, *args: Node) -> Node:
         name = self._free(name)
         self.module.add_submodule(name, module)
-        node = self.graph.call_module(name, args)
-        assert self.like is not None
-        node.meta = {key: self.like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in self.like.meta}
-        return node
+        return self.graph.call_module(name, args)
 
     def _buffer(self, name: str, value: Tensor) -> Node:
         name = self._free(name)
@@ -485,6 +473,10 @@ def _constants(graph_module: GraphModule) -> Mapping[Node, Tensor]:
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
     return {node: value for node, value in values.items() if isinstance(value, Tensor)}
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, Tensor | tuple | list)
 
 
 def _owner(node: object) -> str:

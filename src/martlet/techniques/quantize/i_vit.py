@@ -161,7 +161,9 @@ def gelu_lacks(
 
 
 def _scale(request: Request, largest: float) -> float:
-    """With which codes reach the largest value, and past it but for 8 bits."""
+    """With which codes reach the largest value, and past it but for 8 bits; no coarser than the unit."""
     reach = largest if request.bits == OPERAND_BITS else largest * HEADROOM
     scale = reach / (2 ** (request.bits - 1) - 1) if reach > 0 else 1.0
-    return request.unit * 2.0 ** math.ceil(math.log2(scale / request.unit)) if request.unit else scale
+    if not request.unit:
+        return scale
+    return request.unit * 2.0 ** min(math.ceil(math.log2(scale / request.unit)), 0)
