@@ -18,7 +18,7 @@ from martlet.source.base import PRETRAINED, Loaded, Request, first_line
 
 
 def load(request: Request) -> Loaded:
-    """Random weights, unless the request says otherwise.
+    """Random weights, unless the request says otherwise; so is a head that torchvision starts at zero.
 
     Raises:
         SourceError: an unknown name or argument, no network for pretrained weights, or weights that don't fit.
@@ -32,6 +32,8 @@ def load(request: Request) -> Loaded:
     weights = request.random_weights if pretrained is None else f"torchvision {default}"
     if file := request.weights_file:
         weights = checkpoint.load_(module, file)
+    elif pretrained is None:
+        _draw_zero_heads_(module)
     transforms = default.transforms()
     interpolation: InterpolationMode = transforms.interpolation
     preprocess = Preprocess(
@@ -55,6 +57,13 @@ def load(request: Request) -> Loaded:
 def rebuild(origin: Mapping[str, Any]) -> nn.Module:
     """The architecture with random weights."""
     return _create(origin["name"], origin["num_classes"], origin["kwargs"], None)
+
+
+def _draw_zero_heads_(module: nn.Module) -> None:
+    """Gives Linears that are all zero random weights: with its head at zero every answer of a ViT is the same."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and not part.weight.any():
+            nn.init.trunc_normal_(part.weight, std=0.02)
 
 
 def _create(name: str, num_classes: int | None, kwargs: Mapping[str, Any], weights: Any) -> nn.Module:

@@ -51,7 +51,7 @@ class Fuse(Technique):
         images = torch.randn(1, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(context.seed))
         expected, before = _logits(model.module, images), _batch_norms(model.module)
         methods = reparameterize_(model.module)
-        error = (_logits(model.module, images) - expected).norm() / expected.norm()
+        error = (_logits(model.module, images) - expected).norm() / expected.norm().clamp(min=torch.finfo().tiny)
         if not error <= MAX_RELATIVE_ERROR:  # NaN too
             raise NumericsError(
                 f"fuse changes the logits of {model.name} by {float(error):.1%} (through {', '.join(methods)}); "
