@@ -1,0 +1,54 @@
+"""What fewer tokens give on the engines and after reloading is what they gave in memory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from martlet import engine as engines
+from martlet.core import pipeline, store
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Technique
+from martlet.source import load_model
+from martlet.techniques.tokens.evit import EViT
+from martlet.techniques.tokens.mctf import MCTF
+from martlet.techniques.tokens.readout import Readout
+from martlet.techniques.tokens.tome import ToMe
+from martlet.techniques.tokens.tps import TPS
+
+TINY = {"img_size": 40, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+TECHNIQUES = (
+    ToMe(r={1: 7, 2: 3}, partition="2x2", informativeness=0.3),
+    TPS(r={1: 7, 2: 3}),
+    MCTF(r={1: 7, 2: 3}),
+    EViT(r={1: 7, 2: 3}),
+    Readout(),
+)
+
+
+@pytest.mark.parametrize("engine_name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
+def test_engines_and_reloading_agree(engine_name: str, technique: Technique, tmp_path: Path) -> None:
+    if engine_name == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    engine = engines.get(engine_name)
+    model = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY, num_classes=10, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    done = pipeline.run(model, Recipe((technique,)), Context())
+    x = torch.randn(3, 3, 40, 40, generator=generator)
+    with torch.no_grad():
+        expected, untouched = done.module(x), model.module(x)
+    files = store.write_model(tmp_path, done, engine)
+    store.seal(tmp_path, done, engine.name, files)
+    artifact = store.load(tmp_path)
+    for batch in (1, 3):
+        found = artifact.open(batch=batch, threads=1)(x[:batch].numpy())
+        np.testing.assert_allclose(found, expected[:batch].numpy(), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(artifact.model().module(x), expected)
+    same = technique.name == "readout"  # which is exact; the others' logits differ by more than the tolerance above
+    assert torch.allclose(expected, untouched, rtol=1e-3, atol=1e-3) == same
