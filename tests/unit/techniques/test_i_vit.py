@@ -14,14 +14,18 @@ from martlet.core import pipeline, store
 from martlet.core.errors import EngineError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context
+from martlet.core.technique import Context, silent
 from martlet.data import open_images
 from martlet.data.batches import batches
 from martlet.data.calibration import Calibration
 from martlet.data.preprocess import Preprocess
 from martlet.engine.openvino import OpenVINO
 from martlet.engine.torch import Torch
+from martlet.functional.integer import SIGMOID_SLOPE, shift_gelu
 from martlet.graph.bits import bit_map
+from martlet.graph.integer import Request
+from martlet.graph.observe import observe_calls
+from martlet.graph.trace import trace
 from martlet.measure import layers, macs, size
 from martlet.nn.integer import IntegerLayerNorm, ShiftGELU, Shiftmax
 from martlet.source import load_model
@@ -176,12 +180,18 @@ def test_closeness_can_fail(tiny: tuple[Model, Model], monkeypatch: pytest.Monke
     assert error(logits(original.module), logits(compressed.module)) > 0.1
 
 
-def test_what_gelu_lacks_in_the_mean_is_made_up_for(tiny: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    original, corrected = tiny
-    found = module.gelu_lacks
-    monkeypatch.setattr(module, "gelu_lacks", lambda *a: {gelu: 0 * lack for gelu, lack in found(*a).items()})
-    reference, plain = logits(original.module), compress(original)
-    assert error(reference, logits(corrected.module)) < 0.8 * error(reference, logits(plain.module))
+def test_what_gelu_lacks_is_its_mean_error_in_each_channel() -> None:
+    graph_module = trace(model().module, SIZE)
+    [gelu] = [node for node in graph_module.graph.nodes if node.target is torch.ops.aten.gelu.default]
+    scale, seen = 2.0**-11 / SIGMOID_SLOPE, []
+    observe_calls(graph_module, Smooth(), {gelu: lambda value, x: seen.append(x.flatten(0, -2))}, silent, "")
+    x = torch.cat(seen)
+    codes = shift_gelu((x / scale).round().long(), 2**11, 16)
+    expected = (nn.functional.gelu(x.double()) - codes.double() * scale / 2**15).mean(0)
+    request = Request((gelu.args[0],), 16, 1 / SIGMOID_SLOPE)
+    found = module.gelu_lacks(graph_module, {request: scale}, Smooth(), Context())[gelu]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert float(expected.abs().max()) > 1e-4
 
 
 def test_logits_of_an_image_do_not_depend_on_its_batch(pair: tuple[Model, Model]) -> None:
