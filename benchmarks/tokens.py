@@ -235,7 +235,10 @@ def contenders(
     yield "tokens-int8", martlet(Recipe.load("tokens-int8"))
     for schedule in workload.schedules:
         text = ", ".join(f"{block}: {r}" for block, r in schedule.items())
-        yield f"int8, tps {{{text}}}", martlet(Recipe((fuse, registry.technique("tps")(r=schedule), *others)))
+        yield (
+            f"int8, tps {{{text}}}",
+            martlet(Recipe((fuse, registry.technique("tps").from_settings({"r": schedule}), *others))),
+        )
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, np.ndarray]:

@@ -456,7 +456,7 @@ class _Record:
             data = json.loads(path.read_text(encoding="utf-8"))
             found = data["job"] if data["martlet_search"] == VERSION else None
         except (OSError, ValueError, KeyError, TypeError):
-            found = None
+            data, found = {}, None
         if not isinstance(found, dict):
             raise ArtifactError(
                 f"{path} is no record of a search; add --overwrite to replace it, or choose another --out"

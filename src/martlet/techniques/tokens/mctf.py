@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,7 +68,7 @@ class MCTF(TokenReduction):
     def most(self, patches: Patches) -> int:
         return patches.number // 2
 
-    def run(self, vit: VitView, found: Reading, schedule: dict[int, int]) -> TokenRun:
+    def run(self, vit: VitView, found: Reading, schedule: Mapping[int, int]) -> TokenRun:
         first = min(schedule)
         ahead = {block - first: self.fuse(r) for block, r in schedule.items()}
         patches = patches_of(vit, found.num_tokens)
