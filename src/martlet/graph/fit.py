@@ -1,4 +1,4 @@
-"""Runs a traced graph once over some images and decides, multiplication by multiplication, how its operands are rounded.
+"""Runs a traced graph once over some images and decides, product by product, how operands are rounded.
 
 What is held in memory is what the graph holds: a tensor is gone once nothing needs it.
 """
@@ -106,6 +106,7 @@ class _Walk(Interpreter):
         progress: Progress,
     ) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # an error is one line
         self.sites = {site.node: site for site in found}
         self.decide, self.rounded, self.progress = decide, rounded, progress
         edges: dict[Edge, str] = {}

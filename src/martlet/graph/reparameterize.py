@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from martlet.core.errors import NumericsError
 from martlet.functional.reparameterize import ChannelChange
 from martlet.graph.rounding import tensor
 from martlet.graph.shifting import has_biases, norms_before_linears
+from martlet.graph.sites import module_path
 
 Change = Callable[[Tensor, Sequence[Tensor]], ChannelChange]
 """From a LayerNorm's output (R, C) and the weights (O, C) that read it."""
@@ -20,6 +22,9 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
     """Changes every LayerNorm that Linears alone read, and these. Returns how many of how many were changed.
 
     Where a bias is missing that would have to take up an offset, all stays as it is.
+
+    Raises:
+        NumericsError: a LayerNorm gives NaN or infinity.
     """
     norms = norms_before_linears(graph_module)
     todo = [norm for norm in norms if has_biases(norm, *norm.users)]
@@ -29,13 +34,17 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
         def run_node(self, n: Node) -> object:
             value = super().run_node(n)
             if n in todo:
+                if not bool(torch.isfinite(value).all()):  # type: ignore[arg-type]
+                    raise NumericsError(f"{module_path(n)} gives a value that is NaN or infinite")
                 weights = [tensor(graph_module, linear.args[1]).detach() for linear in n.users]
                 changes[n] = change(value.flatten(0, -2), weights)  # type: ignore[union-attr]
             return value
 
     with torch.no_grad():
         if todo:
-            Walk(graph_module).run(images)
+            walk = Walk(graph_module)
+            walk.extra_traceback = False  # an error is one line
+            walk.run(images)
         for norm in todo:
             parameters = [tensor(graph_module, argument) for argument in norm.args[2:4]]
             for parameter, new in zip(parameters, changes[norm].into_norm(*parameters), strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from martlet.core.errors import NumericsError
 from martlet.core.technique import Context
 from martlet.functional.hessian_search import (
     FACTORS,
@@ -38,7 +39,9 @@ class PTQ4ViT(LowBit):
     the logits; q, k and v have one for each head. The arithmetic is simulated. Made for 6 and 8 bits.
 
     Args:
-        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+        weight_bits: of Linears and convolutions, from 2 to 8.
+        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
+        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
@@ -51,7 +54,7 @@ class PTQ4ViT(LowBit):
         code's candidates is tried, and the operands' turns end early when nothing changes. Weights of convolutions, and
         of Linears that share an input with an earlier one, are chosen by their own squared error.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
-        NumericsError for an activation that is NaN.
+        NumericsError for an activation or a gradient that is NaN.
     """
 
     name: ClassVar[str] = "ptq4vit"
@@ -62,6 +65,8 @@ class PTQ4ViT(LowBit):
     def decider(self, graph_module: GraphModule, images: Tensor, context: Context) -> Callable[[Call], Fitted]:
         found = list(sites(graph_module))
         gradients = sensitivity.output_gradients(graph_module, found, images, context.seed, context.progress)
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            raise NumericsError("ptq4vit: a gradient of the logits is NaN or infinite")
         return lambda call: self.decide_by(call, gradients, len(images))
 
     def decide_by(self, call: Call, gradients: Mapping[Node, Tensor], images: int) -> Fitted:
