@@ -10,11 +10,14 @@ demo: .venv/.installed
 
 setup: .venv/.installed
 
+# A thread a process: tests are small, and threads that wait for each other take longer than one alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/.installed
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

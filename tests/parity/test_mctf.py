@@ -112,6 +112,7 @@ def test_one_step_ahead_attention_of_tokens_that_are_equal_is_the_next_layers() 
         torch.testing.assert_close(model.module(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gmacs"), [("deit_small_patch16_224", 2.60), ("deit_tiny_patch16_224", 0.71)])
 def test_macs_are_the_papers(name: str, gmacs: float) -> None:
     """With 16 fused in each block but the first, and a last block that computes all tokens, as the paper has it."""

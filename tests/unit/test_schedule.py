@@ -129,6 +129,7 @@ def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert len(clock) == 1
 
 
+@pytest.mark.slow
 def test_the_budgets(tmp_path: Path, clock: list[str]) -> None:
     slow = run(tmp_path / "a.yaml", max_drop=None, max_ms=0.97 * latency({}, depth=4))
     fast = run(tmp_path / "b.yaml", max_drop=None, max_ms=0.9 * latency({}, depth=4))
@@ -159,6 +160,7 @@ def test_bad_use(tmp_path: Path) -> None:
         run(out)
 
 
+@pytest.mark.slow
 def test_an_engine_that_simulates_has_no_times(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="torch only simulates this recipe"):
         run(tmp_path / "found.yaml", engine="torch", recipe="tokens-int8")

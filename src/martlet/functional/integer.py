@@ -84,7 +84,7 @@ def shift_gelu(codes: Int[Tensor, "*b"], one: Tensor | int, bits: int, terms: in
     """x · sigmoid(1.702 x) of x = codes / (1.702 one), in units of 2^-(bits - 1) / (1.702 one) (algorithm 2).
 
     The sigmoid of y is e^(y - m) / (e^(y - m) + e^-m) for any m. The paper takes the largest y of a row, and a value
-    far below it falls under 2^-terms; with the larger of y and 0, one power is 1 and the other e^-|y|, whatever the row.
+    far below it falls under 2^-terms; with the larger of y and 0, one power is 1 and the other e^-|y|, in any row.
     """
     codes = codes.to(torch.int64)
     power = shift_exp(-codes.abs(), one, terms)

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-
 SHARPNESS = 100.0
 """Of the softmax of correlations: a difference of 0.05 is a factor of 150."""
 OUT_OF_REACH = 1e4

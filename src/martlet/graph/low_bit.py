@@ -1,11 +1,12 @@
 """What the methods for few bits share: one order of work, in which each says only what is its own.
 
 A method changes the float model exactly (`prepare_`), chooses a grid for each tensor (`activation`, `weight`, or
-`decide` for both at once), and may learn the rest block by block (`reconstruct_`).
+`decide` for both at once). With steps, rounding and scales are then learned block by block (`objective`).
 """
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from martlet.functional.search import AffineGrid
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fitted, Operand, TensorKind, fit
+from martlet.graph.reconstruct import Block, Learning, Loss, mean_squared, reconstruct_
 from martlet.graph.sites import sites
 from martlet.nn.quantizers import (
     ActivationQuantizer,
@@ -48,6 +50,9 @@ class LowBit(Technique):
 
     Rounds the weight of every Linear and convolution, its input, and q, k, v and the softmax's output of every
     attention. LayerNorm, softmax, GELU and residual additions are computed in floating point.
+
+    steps: in which each block learns how its weights round and its activations scale, on all calibration images; 0
+        leaves everything as it was chosen. A few hundred take minutes a block on CPU cores.
     """
 
     stage: ClassVar[Stage] = Stage.GRAPH
@@ -59,8 +64,11 @@ class LowBit(Technique):
 
     weight_bits: int = 4
     activation_bits: int = 4
+    steps: int = 0
 
     def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise RecipeError(f"{self.name}: steps is {self.steps}; it can be 0, to learn nothing, or more")
         for name in ("weight_bits", "activation_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise RecipeError(f"{self.name}: {name} is {getattr(self, name)}; it can be 2 to 8")
@@ -77,13 +85,20 @@ class LowBit(Technique):
         batches = context.calibration(self)
         images = torch.cat(list(batches))
         changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
+        original = copy.deepcopy(graph_module) if self.steps else None
         found = list(sites(graph_module))
         ask = self.decider(graph_module, images[:FIT_IMAGES], context)
         decide = lambda call: self._decide(call, ask)  # noqa: E731
         fitted = fit(graph_module, found, images[:FIT_IMAGES], decide, self.rounded_inputs, context.progress)
         record = rounding.insert_(graph_module, fitted.activations, fitted.weights)
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
-        return {"quantized": counts, **changed, "rounding": record}
+        learned: dict[str, Any] = {}
+        if original is not None:
+            learning = Learning(steps=self.steps)
+            learned["blocks"] = reconstruct_(
+                graph_module, original, images, self.objective, learning, context.seed, context.progress
+            )
+        return {"quantized": counts, **changed, **learned, "rounding": record}
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
@@ -109,6 +124,10 @@ class LowBit(Technique):
     def weight(self, call: Call) -> Quantizer:
         """The grid of one weight, and its rounding. Without more: the least squared error, a grid for each row."""
         return quantized_weight(call, self.weight_bits, IntegerGrid(self.weight_bits, symmetric=False, least=0.5).fit)
+
+    def objective(self, block: Block) -> Loss:
+        """What a block learns to keep small."""
+        return mean_squared(block)
 
     def bits(self, kind: TensorKind) -> int:
         """Of an activation."""

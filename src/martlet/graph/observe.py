@@ -17,6 +17,7 @@ MICRO_BATCH = 4
 class _Observer(Interpreter):
     def __init__(self, graph_module: GraphModule, watch: Mapping[Node, Callable[..., None]], inputs: bool) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # an error is one line
         self.watch, self.inputs = watch, inputs
 
     def run_node(self, n: Node) -> object:

@@ -34,8 +34,8 @@ BATCH = 8
 class Learning:
     """How a block learns.
 
-    steps: of Adam, on BATCH images each. weight_rate, scale_rate: their learning rates; the latter falls to zero along a
-    cosine, and is relative to the scale. drop: the share of a block's input that is float. decide: the weight of the
+    steps: of Adam, on BATCH images each. weight_rate, scale_rate: their learning rates; the latter falls to zero along
+    a cosine, and is relative to the scale. drop: the share of a block's input that is float. decide: the weight of the
     regularizer that drives each weight to one side, against a loss that starts at 1.
     """
 

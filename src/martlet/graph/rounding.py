@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,11 @@ Edge = tuple[Node, Node]
 """(producer, consumer)."""
 
 
+G = TypeVar("G")
+
+
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(Generic[G]):
     """One quantizer: it rounds `producer`'s value for some of its consumers.
 
     grid: what these have in common; a name, where the quantizer itself says all else.
@@ -45,7 +48,7 @@ class Rounding:
 
     producer: Node
     consumers: tuple[Node, ...]
-    grid: Grid | str
+    grid: G
 
     @property
     def name(self) -> str:
@@ -74,9 +77,9 @@ def hoist(edges: Mapping[Edge, Grid]) -> dict[Edge, Grid]:
     return edges
 
 
-def group(edges: Mapping[Edge, Grid] | Mapping[Edge, str]) -> list[Rounding]:
+def group(edges: Mapping[Edge, G]) -> list[Rounding[G]]:
     """One rounding for all consumers that want the same grid of the same value."""
-    groups: dict[tuple[Node, Grid | str], list[Node]] = {}
+    groups: dict[tuple[Node, G], list[Node]] = {}
     for (producer, consumer), grid in edges.items():
         groups.setdefault((producer, grid), []).append(consumer)
     return [Rounding(producer, tuple(consumers), grid) for (producer, grid), consumers in groups.items()]

@@ -75,8 +75,10 @@ class Site:
         """Along which a weight's output channels lie."""
         if self.node.target not in (aten.matmul.default, aten.mm.default):
             return 0
-        assert self.weight is not None and isinstance(self.node.args[self.weight], Node)
-        return self.node.args[self.weight].meta["val"].ndim - (1 if self.weight == 1 else 2)
+        assert self.weight is not None
+        parameter = self.node.args[self.weight]
+        assert isinstance(parameter, Node)
+        return parameter.meta["val"].ndim - (1 if self.weight == 1 else 2)
 
 
 def sites(graph_module: GraphModule) -> Iterator[Site]:

@@ -282,7 +282,9 @@ def build(structure: Mapping[str, Any]) -> Quantizer:
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How `torch.onnx.export` writes the operators of this file (`custom_translation_table`), opset 21."""
     from onnx import TensorProto
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
+
+    op: Any = opset21  # its types are those of tensors, which a Python number can stand for
 
     def quantize(x, scale, zero_point, axis: int):
         return op.QuantizeLinear(x, scale, zero_point, axis=axis)

@@ -61,7 +61,9 @@ def test_gradients_of_a_learned_scale(kind):
     expected = straight_through(theirs, quantizer, factor)
     (expected * probe).sum().backward()
     torch.testing.assert_close(layer(x).double(), expected.detach(), atol=1e-6, rtol=1e-5)
-    assert mine.grad is not None and theirs.grad is not None and factor.grad is not None
+    assert mine.grad is not None
+    assert theirs.grad is not None
+    assert factor.grad is not None
     torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(layer.factor.grad.double(), factor.grad, atol=1e-4, rtol=1e-4)  # type: ignore[union-attr]
     assert 0 < (mine.grad == 0).sum() < x.numel()  # some lie outside the table

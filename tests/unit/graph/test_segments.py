@@ -1,5 +1,7 @@
 """Pieces of a graph: together they are the whole, and each has what it should."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from small_vits import MODELS, SIZE, traced
@@ -31,7 +33,7 @@ def test_pieces_in_a_row_are_the_whole(name):
     torch.testing.assert_close(x, expected[0] if isinstance(expected, tuple) else expected, rtol=0, atol=0)
     assert [name for piece in pieces for name in piece.names] == [site.name for site in sites(whole)]
     assert len(pieces) > 2
-    assert all(before.output is after.input for before, after in zip(pieces, pieces[1:], strict=False))
+    assert all(before.output is after.input for before, after in pairwise(pieces))
 
 
 def test_an_attention_and_the_mlp_behind_it_are_one():

@@ -315,7 +315,7 @@ def test_activations_stay_free_and_weights_do_not() -> None:
 def test_a_record_of_another_graph_is_refused() -> None:
     compressed = compress(model())
     compressed.steps[0].record["rounding"]["weights"][0][0] = "linear_99"
-    with pytest.raises(ArtifactError, match="no node .linear_99"):
+    with pytest.raises(ArtifactError, match=r"no node .linear_99"):
         pipeline.restore_(model(), compressed.steps)
 
 

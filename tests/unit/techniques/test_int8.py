@@ -65,7 +65,7 @@ def error(first: Tensor, second: Tensor) -> float:
 
 
 def rounded(compressed: Model) -> list[str]:
-    return [producer for producer, _, _ in compressed.steps[-1].record["rounding"]["activations"]]
+    return [producer for producer, *_ in compressed.steps[-1].record["rounding"]["activations"]]
 
 
 @pytest.mark.parametrize("settings", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])

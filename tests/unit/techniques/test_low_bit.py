@@ -43,6 +43,14 @@ MODELS = {
 }
 
 
+PAIRS = [
+    pytest.param(kind, name, marks=[] if name == "repq_vit" or kind == "class token" else [pytest.mark.slow])
+    for kind in MODELS
+    for name in NAMES
+]
+"""Every model with every method; all models with one of them, and one with all, in every run."""
+
+
 class Smooth:
     """Images whose neighbouring pixels are alike."""
 
@@ -118,8 +126,7 @@ def error(reference: Tensor, other: Tensor) -> float:
     return ((reference - other).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_every_product_is_rounded_to_its_bits(compressed, kind: str, name: str) -> None:
     done = compressed(kind, name)
     assert isinstance(done.module, GraphModule)
@@ -146,8 +153,7 @@ def test_every_product_is_rounded_to_its_bits(compressed, kind: str, name: str) 
     assert 1e-3 < error(logits(model(kind).module, x), logits(done.module, x)) < 1.5
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(compressed, kind: str, name: str) -> None:
     done = compressed(kind, name)
     [step] = done.steps
@@ -160,7 +166,9 @@ def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(compressed, kind: str,
     assert torch.equal(logits(rebuilt.module, images()), logits(done.module, images()))
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("registers and qk-norm", name) for name in NAMES), ("swin", "ptq4vit")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("class token", name) for name in NAMES), ("registers and qk-norm", "uniform")]
+)
 def test_engines_agree_with_torch(compressed, tmp_path, kind: str, name: str) -> None:
     done, x = compressed(kind, name), images()
     expected = logits(done.module, x)

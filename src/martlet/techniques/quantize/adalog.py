@@ -1,4 +1,4 @@
-"""adalog: logarithmic grids whose base is searched, for softmax and GELU; all else uniform, searched by output error."""
+"""adalog: logarithmic grids whose base is searched, for softmax and GELU; all else by the error of the outputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class AdaLog(LowBit):
     re-parameterized as in RepQ-ViT; q, k and v have a grid for each head. The arithmetic is simulated.
 
     Args:
-        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+        weight_bits: of Linears and convolutions, from 2 to 8.
+        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
+        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.

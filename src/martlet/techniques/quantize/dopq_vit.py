@@ -29,7 +29,9 @@ class DopQViT(LowBit):
     else is as in RepQ-ViT: percentiles choose ranges, nothing is learned, and the arithmetic is simulated.
 
     Args:
-        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+        weight_bits: of Linears and convolutions, from 2 to 8.
+        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
+        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.

@@ -150,6 +150,7 @@ class Sequential(Interpreter):
         quantize: Callable[[Site, Tensor, Tensor], PackedWeightQuantizer],
     ) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # an error is one line
         self.found, self.quantize = found, quantize
         self.quantizers: dict[str, PackedWeightQuantizer] = {}
 

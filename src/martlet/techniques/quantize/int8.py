@@ -117,8 +117,8 @@ class Int8(Technique):
         rounding.restore_(model.module, record["rounding"])
 
     def _activation_quantizers(
-        self, graph_module: GraphModule, roundings: list[Rounding], images: Batches, context: Context
-    ) -> dict[Rounding, ActivationQuantizer]:
+        self, graph_module: GraphModule, roundings: list[Rounding[Grid]], images: Batches, context: Context
+    ) -> dict[Rounding[Grid], ActivationQuantizer]:
         histograms = {r.producer: Histogram() for r in roundings}
         adds = {node: histogram.add for node, histogram in histograms.items()}
         observe(graph_module, images, adds, context.progress, "observe activations")
@@ -179,14 +179,14 @@ def place(graph_module: GraphModule, found: list[Site], form: Int8Form) -> dict[
 
 def choose_grids(
     graph_module: GraphModule,
-    grids: Mapping[Rounding, list[tuple[Tensor, Tensor]]],
+    grids: Mapping[Rounding[Grid], list[tuple[Tensor, Tensor]]],
     images: Batches,
     context: Context,
-) -> dict[Rounding, int]:
+) -> dict[Rounding[Grid], int]:
     """Which of its grids (scale, zero point) errs least in the logits, for each rounding by itself."""
     errors = {r: torch.zeros(len(choices), dtype=torch.float64) for r, choices in grids.items()}
 
-    def add(r: Rounding, value: Tensor, gradient: Tensor) -> None:
+    def add(r: Rounding[Grid], value: Tensor, gradient: Tensor) -> None:
         for i, grid in enumerate(grids[r]):
             errors[r][i] += first_order_error(value, gradient, grid).double().sum()
 
@@ -196,8 +196,8 @@ def choose_grids(
 
 
 def share_grids_(
-    graph_module: GraphModule, quantizers: Mapping[Rounding, ActivationQuantizer]
-) -> dict[Rounding, ActivationQuantizer]:
+    graph_module: GraphModule, quantizers: Mapping[Rounding[Grid], ActivationQuantizer]
+) -> dict[Rounding[Grid], ActivationQuantizer]:
     """Gives q, k and v that come from one Linear one grid, on its output, so that the Linear's kernel rounds them.
 
     Each keeps the resolution it had: the Linear's rows are scaled until the three grids are equal, which q and k undo

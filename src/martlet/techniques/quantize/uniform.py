@@ -28,12 +28,16 @@ class Uniform(LowBit):
     Args:
         ranges: `minmax`, all values seen; `percentile`, of three shares of them the one with the least squared error;
             `mse`, the scale and zero point with the least squared error, searched from coarse to fine.
-        weight_bits, activation_bits: from 2 to 8. An image keeps 8.
+        weight_bits: of Linears and convolutions, from 2 to 8.
+        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
+        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
     Cost: one forward pass.
     Paper: Nagel et al., A White Paper on Neural Network Quantization, 2021, arXiv 2106.08295, section 3.1.
+    Differs: an image keeps 8 bits. With weight_bits 8, weights have the symmetric grid of the least squared error that
+        engines multiply, whatever the ranges.
     Raises: RecipeError for a setting out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
     """
