@@ -52,7 +52,7 @@ class LowBit(Technique):
     attention. LayerNorm, softmax, GELU and residual additions are computed in floating point.
 
     steps: in which each block learns how its weights round and its activations scale, on all calibration images; 0
-        leaves everything as it was chosen. A few hundred take minutes a block on CPU cores.
+        leaves everything as it was chosen.
     """
 
     stage: ClassVar[Stage] = Stage.GRAPH
