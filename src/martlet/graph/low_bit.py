@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,12 +21,15 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional.formats import IntegerGrid
-from martlet.functional.ranges import weight_scale_mse
-from martlet.functional.search import AffineGrid
+from martlet.functional.logarithmic import LogarithmicGrid
+from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids
+from martlet.functional.reparameterize import ChannelChange
+from martlet.functional.search import AffineGrid, best_grid, squared_error
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fitted, Operand, TensorKind, fit
 from martlet.graph.reconstruct import Block, Learning, Loss, mean_squared, reconstruct_
+from martlet.graph.reparameterize import reparameterize_
 from martlet.graph.sites import sites
 from martlet.nn.quantizers import (
     ActivationQuantizer,
@@ -151,6 +154,31 @@ class LowBit(Technique):
         return Fitted({**constants, **fitted.operands}, fitted.weight)
 
 
+class Reparameterized(LowBit):
+    """A method that first changes LayerNorms and the Linears that read them."""
+
+    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
+        return reparameterize_(graph_module, images, self.change)
+
+    @abstractmethod
+    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
+        """The change of a LayerNorm's output (R, C), which weights (O, C) read."""
+
+
+class PercentileGrids(Reparameterized):
+    """The grids of Li et al., RepQ-ViT, 2023, arXiv 2212.08254: ranges by percentiles, log√2 for a softmax."""
+
+    def activation(self, operand: Operand) -> Quantizer:
+        x, bits = operand.value, self.bits(operand.kind)
+        if operand.kind == "softmax":
+            tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
+            return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
+        return affine(percentile_affine(x, bits))
+
+    def weight(self, call: Call) -> Quantizer:
+        return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))
+
+
 def affine(grid: AffineGrid) -> Quantizer:
     """One uniform grid for a tensor; with 8 bits, in the form that engines have kernels for."""
     scale = torch.tensor(grid.scale)
@@ -180,9 +208,9 @@ def quantized_weight(call: Call, bits: int, fit: Callable[[Tensor], Tensor], sym
     """
     assert call.weight is not None
     weight, axis = call.weight.detach(), call.site.output_axis
-    rows = weight.movedim(axis, 0).flatten(1)  # (O, I)
     if bits == 8:
-        return WeightQuantizer.round(weight, weight_scale_mse(rows), axis)
+        return WeightQuantizer.fit(weight, axis)
+    rows = weight.movedim(axis, 0).flatten(1)  # (O, I)
     parameters = fit(rows)
     codes = IntegerGrid(bits, symmetric).quantize(rows, parameters)
     zero = None if symmetric else parameters[:, 1:]

@@ -115,8 +115,8 @@ class IntegerLayerNorm(Integer):
         return integer_layer_norm(codes, self.epsilon, self.bits)
 
 
-class Shiftmax(Integer):
-    """Softmax over the last axis; `one` is the code of 1."""
+class _Powers(Integer):
+    """An operation by powers of two, whose codes have a unit: `one` of them."""
 
     one: Tensor
 
@@ -124,20 +124,17 @@ class Shiftmax(Integer):
         super().__init__()
         self.bits = bits
         self.register_buffer("one", torch.tensor(one))
+
+
+class Shiftmax(_Powers):
+    """Softmax over the last axis; `one` is the code of 1."""
 
     def forward(self, codes: Tensor) -> Tensor:
         return shiftmax(codes, self.one, self.bits).to(torch.int32)
 
 
-class ShiftGELU(Integer):
+class ShiftGELU(_Powers):
     """GELU; `one` is the code of 1 / 1.702, `bits` those of the sigmoid."""
-
-    one: Tensor
-
-    def __init__(self, one: int, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("one", torch.tensor(one))
 
     def forward(self, codes: Tensor) -> Tensor:
         return shift_gelu(codes, self.one, self.bits)

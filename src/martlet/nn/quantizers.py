@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from martlet.functional import affine
 from martlet.functional.packing import pack, unpack
+from martlet.functional.ranges import weight_scale_mse
 from martlet.functional.table import Table, lookup
 
 # Operators of our own, because they must export to exactly one ONNX operator each, but for the type of 4-bit values.
@@ -163,6 +164,11 @@ class WeightQuantizer(nn.Module):
         """Rounds a float weight to the nearest codes of a grid that mirrors: the most negative code isn't used."""
         values = affine.quantize(weight, scale, torch.zeros_like(scale, dtype=dtype), axis)
         return cls(values.clamp(min=-torch.iinfo(dtype).max), scale, axis)
+
+    @classmethod
+    def fit(cls, weight: Tensor, axis: int = 0) -> WeightQuantizer:
+        """Rounds a float weight; each slice along `axis` has the scale with the least squared error."""
+        return cls.round(weight, weight_scale_mse(weight.movedim(axis, 0).flatten(1)), axis)
 
     @property
     def bits(self) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from martlet.core.technique import Context
 from martlet.functional.logarithmic import GELU_SHIFT
 from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
 from martlet.functional.search import (
@@ -23,13 +21,12 @@ from martlet.functional.search import (
     squared_error,
 )
 from martlet.graph.fit import Call, Fitted, Operand
-from martlet.graph.low_bit import LowBit, affine, affine_heads, quantized_weight, sample, tabulated
-from martlet.graph.reparameterize import reparameterize_
+from martlet.graph.low_bit import Reparameterized, affine, affine_heads, quantized_weight, sample, tabulated
 from martlet.nn.quantizers import Quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLog(LowBit):
+class AdaLog(Reparameterized):
     """Quantize a vision transformer to few bits, softmax and GELU outputs by a logarithm whose base is searched.
 
     Everything is chosen by the error of the layer that reads it, from coarse to fine (FPCS). LayerNorm outputs are
@@ -55,9 +52,6 @@ class AdaLog(LowBit):
     summary: ClassVar[str] = "few bits: softmax and GELU by an adaptive logarithm, all searched by output error"
     paper: ClassVar[str] = "Wu et al., AdaLog, 2024, arXiv 2407.12951"
     rounded_inputs: ClassVar[bool] = False
-
-    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
-        return reparameterize_(graph_module, images, self.change)
 
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """From each channel's own grid to the mean one."""

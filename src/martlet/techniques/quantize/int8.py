@@ -15,7 +15,7 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
 from martlet.functional.affine import affine_parameters
-from martlet.functional.ranges import Histogram, candidates, first_order_error, weight_scale_mse
+from martlet.functional.ranges import Histogram, candidates, first_order_error
 from martlet.graph import attention, layout, rounding, shifting, smoothing, splitting
 from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
@@ -289,6 +289,4 @@ def _quantizer_on_path(
 def _weight_quantizer(graph_module: GraphModule, site: Site) -> WeightQuantizer:
     """Integer codes of a weight, one scale an output channel, with the least squared rounding error."""
     weight = rounding.tensor(graph_module, site.node.args[site.weight or 0]).detach()
-    axis = site.output_axis
-    rows = weight.movedim(axis, 0).flatten(1)  # (O, …)
-    return WeightQuantizer.round(weight, weight_scale_mse(rows), axis)
+    return WeightQuantizer.fit(weight, site.output_axis)

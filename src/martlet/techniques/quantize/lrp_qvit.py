@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from martlet.core.technique import Context
 from martlet.functional.channel_clipping import DEVIATIONS, search_clipping
-from martlet.functional.logarithmic import LogarithmicGrid
-from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids
 from martlet.functional.reparameterize import ChannelChange
-from martlet.functional.search import best_grid, linear_error, search_affine, squared_error
-from martlet.graph.fit import Call, Fitted, Operand
-from martlet.graph.low_bit import LowBit, affine, quantized_weight, sample, tabulated
-from martlet.graph.reparameterize import reparameterize_
-from martlet.nn.quantizers import Quantizer
+from martlet.functional.search import linear_error, search_affine
+from martlet.graph.fit import Call, Fitted
+from martlet.graph.low_bit import PercentileGrids, affine, sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRPQViT(LowBit):
+class LRPQViT(PercentileGrids):
     """Quantize a vision transformer to few bits, the outliers among a LayerNorm's channels clipped.
 
     Channel-wise grids become one grid by a change of the LayerNorm and of the weights that read it, as in RepQ-ViT; but
@@ -54,9 +48,6 @@ class LRPQViT(LowBit):
 
     clip: bool = True
 
-    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
-        return reparameterize_(graph_module, images, self.change)
-
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """From each channel's own grid, clipped, to the mean one."""
         few, deviations = sample(rows), DEVIATIONS if self.clip else DEVIATIONS[-1:]
@@ -71,13 +62,3 @@ class LRPQViT(LowBit):
         rows = sample(operand.value)
         grid = search_affine(linear_error(rows, call.weight.detach()), rows, self.activation_bits, steps=3)
         return Fitted({position: affine(grid)}, self.weight(call))
-
-    def activation(self, operand: Operand) -> Quantizer:
-        x, bits = operand.value, self.bits(operand.kind)
-        if operand.kind == "softmax":
-            tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
-            return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
-        return affine(percentile_affine(x, bits))
-
-    def weight(self, call: Call) -> Quantizer:
-        return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))

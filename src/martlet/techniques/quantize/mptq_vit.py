@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from martlet.core.errors import RecipeError
-from martlet.core.technique import Context
 from martlet.functional.reparameterize import ChannelChange, smooth_with_bias
 from martlet.functional.scale_ratio import search_ratio
 from martlet.functional.search import RoundingError, best_grid, linear_error, search_affine, squared_error
 from martlet.functional.twin import TwinSoftmaxGrid
 from martlet.graph.fit import Call, Fitted, Operand
-from martlet.graph.low_bit import LowBit, affine, sample, tabulated
-from martlet.graph.reparameterize import reparameterize_
+from martlet.graph.low_bit import Reparameterized, affine, sample, tabulated
 from martlet.nn.quantizers import Quantizer
 
 SPLITS = range(12)
@@ -26,7 +23,7 @@ SPLITS = range(12)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MPTQViT(LowBit):
+class MPTQViT(Reparameterized):
     """Quantize a vision transformer to few bits with SmoothQuant with a bias and searched ratios of steps.
 
     The channels of a LayerNorm's output are moved to mean 0 and smoothed, which the layers around it make up for; a
@@ -62,9 +59,6 @@ class MPTQViT(LowBit):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"mptq_vit: alpha is {self.alpha:g}; it can be 0 to 1")
-
-    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
-        return reparameterize_(graph_module, images, self.change)
 
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """SQ-b."""

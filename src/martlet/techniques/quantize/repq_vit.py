@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from martlet.core.technique import Context
-from martlet.functional.logarithmic import LogarithmicGrid
-from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
+from martlet.functional.percentile import percentile_scales
 from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
-from martlet.functional.search import best_grid, squared_error
-from martlet.graph.fit import Call, Operand
-from martlet.graph.low_bit import LowBit, affine, quantized_weight, tabulated
-from martlet.graph.reparameterize import reparameterize_
-from martlet.nn.quantizers import Quantizer
+from martlet.graph.low_bit import PercentileGrids
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepQViT(LowBit):
+class RepQViT(PercentileGrids):
     """Quantize a vision transformer to few bits: LayerNorm outputs channel by channel, attention maps by a logarithm.
 
     Channel-wise grids become one grid by a change of the LayerNorm and of the weights that read it; a log√2 grid is
@@ -48,19 +40,6 @@ class RepQViT(LowBit):
     summary: ClassVar[str] = "few bits: scales of LayerNorm and softmax outputs re-parameterized"
     paper: ClassVar[str] = "Li et al., RepQ-ViT, 2023, arXiv 2212.08254"
 
-    def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
-        return reparameterize_(graph_module, images, self.change)
-
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """From each channel's own grid to the mean one."""
         return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))
-
-    def activation(self, operand: Operand) -> Quantizer:
-        x, bits = operand.value, self.bits(operand.kind)
-        if operand.kind == "softmax":
-            tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
-            return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
-        return affine(percentile_affine(x, bits))
-
-    def weight(self, call: Call) -> Quantizer:
-        return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))
