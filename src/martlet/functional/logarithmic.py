@@ -26,16 +26,17 @@ def check_bits(bits: int, least: int = 2, most: int = 8) -> None:
 
 @dataclass(frozen=True)
 class LogarithmicGrid:
-    """Code k stands for scale · b^-k - shift, with the base b = 2^(numerator / denominator).
+    """Code k stands for scale · b^-k - shift, with the base b = 2^(numerator / denominator); the last for -shift.
 
-    log2 is 1/1, log√2 is 1/2; AdaLog chooses any numerator over 37. With `zero` the last code stands for scale · 0
-    instead. `scale` is positive, a scalar or broadcastable to the values. `shift` is for values that go below 0:
-    GELU_SHIFT after a GELU. `rounded` takes the integer form's values, whose fraction of two has `bits` bits.
+    log2 is 1/1, log√2 is 1/2; AdaLog chooses any numerator over 37. `scale` is positive, a scalar or broadcastable to
+    the values. `shift` is for values that go below 0: GELU_SHIFT after a GELU. `rounded` takes the integer form's
+    values, whose fraction of two has `bits` bits.
 
     Source: Lin et al., FQ-ViT, 2022, arXiv 2111.13824 (log2 of the attention map); Li et al., RepQ-ViT, 2023, arXiv
     2212.08254 (log√2); Wu et al., AdaLog, 2024, arXiv 2407.12951 (any base, its integer form, the shift). Differs: the
     official code of the latter two gives 0 to every value beyond the last code and still keeps that code, which is
-    2^bits + 1 values; here zero has a code of its own, or there is none.
+    2^bits + 1 values; here the last code is that 0. It can't be left out: what a softmax gives is mostly near 0, and
+    hundreds of tokens that are raised to the least power outweigh the few that matter.
 
     Raises:
         ValueError: bits not from 2 to 8, a scale or a fraction that isn't positive.
@@ -45,7 +46,6 @@ class LogarithmicGrid:
     scale: Tensor
     numerator: int = 1
     denominator: int = 1
-    zero: bool = False
     shift: float = 0.0
     rounded: bool = False
 
@@ -74,31 +74,32 @@ class LogarithmicGrid:
             values = mantissas.double() / (2 ** (self.bits + 1) - 2) * torch.exp2(-shifts.double())
         else:
             values = torch.exp2(-codes.double() * self.numerator / self.denominator)
-        if self.zero:
-            values[-1] = 0.0
+        values[-1] = 0.0
         return values.to(self.scale.dtype)
 
     def integers(self) -> tuple[Int[Tensor, " levels"], Int[Tensor, " levels"]]:
         """For each code a shift to the right, and a mantissa over 2 (2^bits - 1), from 2^bits - 1 to twice that.
 
         b^-k = 2^-⌊qk / r⌋ · 2^-((qk mod r) / r): the first factor is the shift; the second, in (1/2, 1], is rounded.
+        The last mantissa is 0.
         """
         product = torch.arange(2**self.bits, device=self.scale.device) * self.numerator  # q k
         shifts = product // self.denominator
         fractions = torch.exp2(-(product % self.denominator).double() / self.denominator)
         mantissas = torch.round(fractions * (2 ** (self.bits + 1) - 2)).long()
-        if self.zero:
-            mantissas[-1] = 0
+        mantissas[-1] = 0
         return shifts, mantissas
 
 
-def sqrt2_as_log2(codes: UInt8[Tensor, "*s"], scale: Tensor) -> tuple[UInt8[Tensor, "*s"], Tensor]:
+def sqrt2_as_log2(codes: UInt8[Tensor, "*s"], scale: Tensor, bits: int) -> tuple[UInt8[Tensor, "*s"], Tensor]:
     """Shifts and scales with which a log√2 grid's codes are read as log2: scale · √2^-k = scales · 2^-shifts.
 
-    shifts = ⌈k / 2⌉; odd codes have √2 times the scale. Source: RepQ-ViT, scale reparameterization for softmax.
+    shifts = ⌈k / 2⌉; odd codes have √2 times the scale, and the last code, which is zero, has none. Source: RepQ-ViT,
+    scale reparameterization for softmax.
     """
     odd = codes % 2
-    return codes // 2 + odd, torch.where(odd.bool(), scale * 2**0.5, scale)
+    scales = torch.where(odd.bool(), scale * 2**0.5, scale)
+    return codes // 2 + odd, torch.where(codes == 2**bits - 1, 0.0, scales)
 
 
 def fold_shift(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,15 +11,17 @@ from torch import Tensor
 from martlet.functional.search import AffineGrid
 
 QUANTILES = (0.999, 0.9999, 0.99999)
-"""RepQ-ViT's official code, and RepQuant's and I&S-ViT's after it."""
+"""RepQ-ViT's official code, and I&S-ViT's for activations."""
+WEIGHT_QUANTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999)
+"""I&S-ViT's official code for weights."""
 
 
 def percentile_scales(
-    rows: Float[Tensor, "n r"], bits: int, with_zero: bool = False
+    rows: Float[Tensor, "n r"], bits: int, with_zero: bool = False, quantiles: Sequence[float] = QUANTILES
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """For each row a scale and a zero point, which is a whole number and may lie outside the codes.
 
-    with_zero: ranges are extended to 0, so that it doesn't. Each of QUANTILES cuts as much from both ends; the one with
+    with_zero: ranges are extended to 0, so that it doesn't. Each quantile cuts as much from both ends; the one with
     the least squared error is taken. A row of one value gets a scale that represents it. Source: Li et al., RepQ-ViT,
     2023, arXiv 2212.08254, official code.
     """
@@ -25,7 +29,7 @@ def percentile_scales(
     last = 2**bits - 1
     best = torch.full_like(rows[:, 0], float("inf"))
     scale, zero = torch.ones_like(best), torch.zeros_like(best)
-    for quantile in QUANTILES:
+    for quantile in quantiles:
         low, high = _at(ordered, 1 - quantile), _at(ordered, quantile)
         if with_zero:
             low, high = low.clamp(max=0), high.clamp(min=0)
@@ -40,9 +44,11 @@ def percentile_scales(
     return scale, zero
 
 
-def percentile_grids(rows: Float[Tensor, "n r"], bits: int) -> Float[Tensor, "n 2"]:
+def percentile_grids(
+    rows: Float[Tensor, "n r"], bits: int, quantiles: Sequence[float] = QUANTILES
+) -> Float[Tensor, "n 2"]:
     """As `percentile_scales`, with zero on every grid: what a format for weights stores."""
-    return torch.stack(percentile_scales(rows, bits, with_zero=True), 1)
+    return torch.stack(percentile_scales(rows, bits, True, quantiles), 1)
 
 
 def percentile_affine(x: Tensor, bits: int) -> AffineGrid:

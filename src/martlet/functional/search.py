@@ -245,7 +245,6 @@ def search_logarithmic(
     bits: int,
     scale: float | None = None,
     shift: float = 0.0,
-    zero: bool = False,
     keep: float = 0.9,
     numerators: Iterable[int] = NUMERATORS,
 ) -> LogarithmicGrid:
@@ -261,7 +260,7 @@ def search_logarithmic(
 
     def grid(scale: float, numerator: int) -> LogarithmicGrid:
         number = torch.tensor(scale, dtype=x.dtype, device=x.device)
-        return LogarithmicGrid(bits, number, numerator, ADALOG_DENOMINATOR, zero, shift, rounded=True)
+        return LogarithmicGrid(bits, number, numerator, ADALOG_DENOMINATOR, shift, rounded=True)
 
     def of(scale: float, numerator: int) -> float:
         if not scale > 0:

@@ -35,13 +35,15 @@ class Call:
     """One multiplication with its operands in floating point.
 
     operands: those to decide on, by position; one that an earlier multiplication reads too is decided there.
-    weight: as the layer has it, or None for an attention. output: what it gives, the bias included.
+    weight: as the layer has it, or None for an attention. output: what it gives, the bias included. multiply: what it
+    gives with other tensors at some positions, the weight's among them.
     """
 
     site: Site
     operands: Mapping[int, Operand]
     weight: Tensor | None
     output: Tensor
+    multiply: Callable[[Mapping[int, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,11 @@ class _Walk(Interpreter):
         operands = {p: Operand(r.grid, args[p]) for p, r in fresh.items()}  # type: ignore[arg-type]
         name = str(n.args[site.weight].target) if site.weight is not None else ""  # type: ignore[union-attr]
         weight = args[site.weight] if site.weight is not None else None
-        fitted = self.decide(Call(site, operands, weight, output))
+
+        def multiply(others: Mapping[int, Tensor]) -> Tensor:
+            return n.target(*(others.get(i, a) for i, a in enumerate(args)), **kwargs)  # type: ignore[operator]
+
+        fitted = self.decide(Call(site, operands, weight, output, multiply))
         self.activations |= {r: fitted.operands[p] for p, r in fresh.items() if p in fitted.operands}
         if site.weight is not None:
             quantizer = self.weight_of.setdefault(name, fitted.weight)
@@ -140,10 +146,7 @@ class _Walk(Interpreter):
         self.progress("choose grids", len(self.activations), len(set(self.rounding_of.values())))
         if not self.rounded:
             return output
-        operands_now = list(args)
-        for position, r in roundings.items():
-            if r in self.activations:
-                operands_now[position] = self.activations[r](args[position])
+        now = {p: self.activations[r](args[p]) for p, r in roundings.items() if r in self.activations}
         if site.weight is not None and (quantizer := self.weight_of[name]) is not None:
-            operands_now[site.weight] = quantizer()
-        return n.target(*operands_now, **kwargs)  # type: ignore[operator]
+            now[site.weight] = quantizer()
+        return multiply(now)

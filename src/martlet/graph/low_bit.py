@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
@@ -27,10 +27,12 @@ from martlet.functional.reparameterize import ChannelChange
 from martlet.functional.search import AffineGrid, best_grid, squared_error
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
-from martlet.graph.fit import Call, Fitted, Operand, TensorKind, fit
-from martlet.graph.reconstruct import Block, Learning, Loss, mean_squared, reconstruct_
+from martlet.graph.allocation import ALLOCATIONS, allocate_bits
+from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit
+from martlet.graph.objectives import OBJECTIVES
+from martlet.graph.reconstruct import Learning, reconstruct_
 from martlet.graph.reparameterize import reparameterize_
-from martlet.graph.sites import sites
+from martlet.graph.sites import Site, sites
 from martlet.nn.quantizers import (
     ActivationQuantizer,
     PackedWeightQuantizer,
@@ -55,7 +57,8 @@ class LowBit(Technique):
     attention. LayerNorm, softmax, GELU and residual additions are computed in floating point.
 
     steps: in which each block learns how its weights round and its activations scale, on all calibration images; 0
-        leaves everything as it was chosen.
+        leaves everything as it was chosen. objective: what the block keeps small, one of OBJECTIVES.
+    allocation: `equal`, the same bits everywhere; `greedy` or `milp`, bits for each multiplication, as many on average.
     """
 
     stage: ClassVar[Stage] = Stage.GRAPH
@@ -68,8 +71,15 @@ class LowBit(Technique):
     weight_bits: int = 4
     activation_bits: int = 4
     steps: int = 0
+    objective: str = "mse"
+    allocation: str = "equal"
 
     def __post_init__(self) -> None:
+        if self.allocation not in ("equal", *ALLOCATIONS):
+            known = ", ".join(("equal", *ALLOCATIONS))
+            raise RecipeError(f"{self.name}: allocation is {self.allocation!r}; it can be {known}")
+        if self.objective not in OBJECTIVES:
+            raise RecipeError(f"{self.name}: objective is {self.objective!r}; it can be {', '.join(OBJECTIVES)}")
         if self.steps < 0:
             raise RecipeError(f"{self.name}: steps is {self.steps}; it can be 0, to learn nothing, or more")
         for name in ("weight_bits", "activation_bits"):
@@ -90,18 +100,15 @@ class LowBit(Technique):
         changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
         original = copy.deepcopy(graph_module) if self.steps else None
         found = list(sites(graph_module))
-        ask = self.decider(graph_module, images[:FIT_IMAGES], context)
-        decide = lambda call: self._decide(call, ask)  # noqa: E731
-        fitted = fit(graph_module, found, images[:FIT_IMAGES], decide, self.rounded_inputs, context.progress)
-        record = rounding.insert_(graph_module, fitted.activations, fitted.weights)
+        few = images[:FIT_IMAGES]
+        bits = self._allocate(graph_module, found, few, context)
+        if bits:
+            changed["bits"] = {site.name: list(bits[site.node]) for site in found if site.node in bits}
+        decide = self._decide_by_bits(graph_module, bits, few, context)
+        fitted = fit(graph_module, found, few, decide, self.rounded_inputs, context.progress)
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
-        learned: dict[str, Any] = {}
-        if original is not None:
-            learning = Learning(steps=self.steps)
-            learned["blocks"] = reconstruct_(
-                graph_module, original, images, self.objective, learning, context.seed, context.progress
-            )
-        return {"quantized": counts, **changed, **learned, "rounding": record}
+        rounded = self.round_(graph_module, original, fitted, images, context)
+        return {"quantized": counts, **changed, **rounded}
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
@@ -128,13 +135,70 @@ class LowBit(Technique):
         """The grid of one weight, and its rounding. Without more: the least squared error, a grid for each row."""
         return quantized_weight(call, self.weight_bits, IntegerGrid(self.weight_bits, symmetric=False, least=0.5).fit)
 
-    def objective(self, block: Block) -> Loss:
-        """What a block learns to keep small."""
-        return mean_squared(block)
-
     def bits(self, kind: TensorKind) -> int:
         """Of an activation."""
         return IMAGE_BITS if kind == "image" else self.activation_bits
+
+    def round_(
+        self, graph_module: GraphModule, original: GraphModule | None, fitted: Fit, images: Tensor, context: Context
+    ) -> dict[str, Any]:
+        """Inserts what was decided, and learns if there is the original to learn from. Returns a record of it."""
+        record = {"rounding": rounding.insert_(graph_module, fitted.activations, fitted.weights)}
+        if original is None:
+            return record
+        return {"blocks": self.learn_(graph_module, original, images, context), **record}
+
+    def learn_(
+        self, graph_module: GraphModule, original: GraphModule, images: Tensor, context: Context
+    ) -> list[dict[str, float]]:
+        """Learns block by block. Returns each block's error before and after."""
+        objective, learning = OBJECTIVES[self.objective], Learning(steps=self.steps)
+        return reconstruct_(graph_module, original, images, objective, learning, context.seed, context.progress)
+
+    def _allocate(
+        self, graph_module: GraphModule, found: Sequence[Site], images: Tensor, context: Context
+    ) -> dict[Node, tuple[int, int]]:
+        """Bits of weight and activations where they aren't the fields'. Judged on grids that are found fast."""
+        if self.allocation == "equal":
+            return {}
+
+        def rounded(call: Call, weight_bits: int, activation_bits: int) -> Fitted:
+            def ask(varying: Call) -> Fitted:
+                grids = {
+                    p: percentile_quantizer(o, IMAGE_BITS if o.kind == "image" else activation_bits)
+                    for p, o in varying.operands.items()
+                }
+                return Fitted(grids, None if call.weight is None else percentile_weight(call, weight_bits))
+
+            return self._decide(call, ask)
+
+        return allocate_bits(
+            graph_module,
+            found,
+            images,
+            self.weight_bits,
+            self.activation_bits,
+            self.allocation,
+            rounded,
+            context.seed,
+            context.progress,
+        )
+
+    def _decide_by_bits(
+        self, graph_module: GraphModule, bits: Mapping[Node, tuple[int, int]], images: Tensor, context: Context
+    ) -> Callable[[Call], Fitted]:
+        """Each call decided by this method with the call's bits."""
+        methods: dict[tuple[int, int], tuple[LowBit, Callable[[Call], Fitted]]] = {}
+
+        def decide(call: Call) -> Fitted:
+            pair = bits.get(call.site.node, (self.weight_bits, self.activation_bits))
+            if pair not in methods:
+                method = replace(self, weight_bits=pair[0], activation_bits=pair[1])
+                methods[pair] = method, method.decider(graph_module, images, context)
+            method, ask = methods[pair]
+            return method._decide(call, ask)
+
+        return decide
 
     def _decide(self, call: Call, ask: Callable[[Call], Fitted]) -> Fitted:
         """Asks about all operands but those of one value, which every grid through it represents.
@@ -169,14 +233,24 @@ class PercentileGrids(Reparameterized):
     """The grids of Li et al., RepQ-ViT, 2023, arXiv 2212.08254: ranges by percentiles, log√2 for a softmax."""
 
     def activation(self, operand: Operand) -> Quantizer:
-        x, bits = operand.value, self.bits(operand.kind)
-        if operand.kind == "softmax":
-            tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
-            return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
-        return affine(percentile_affine(x, bits))
+        return percentile_quantizer(operand, self.bits(operand.kind))
 
     def weight(self, call: Call) -> Quantizer:
-        return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))
+        return percentile_weight(call, self.weight_bits)
+
+
+def percentile_quantizer(operand: Operand, bits: int) -> Quantizer:
+    """RepQ-ViT's grid of an activation."""
+    x = operand.value
+    if operand.kind == "softmax":
+        tops = torch.quantile(x.flatten()[:: max(1, x.numel() // 2**20)], torch.tensor(QUANTILES))
+        return tabulated(best_grid(squared_error(x), x, [LogarithmicGrid(bits, top, 1, 2) for top in tops]))
+    return affine(percentile_affine(x, bits))
+
+
+def percentile_weight(call: Call, bits: int) -> Quantizer:
+    """RepQ-ViT's grids of a weight."""
+    return quantized_weight(call, bits, lambda rows: percentile_grids(rows, bits))
 
 
 def affine(grid: AffineGrid) -> Quantizer:

@@ -23,7 +23,8 @@ from martlet.functional.adaround import (
     soft_weight,
 )
 from martlet.functional.packing import pack
-from martlet.graph.segments import Segment, blocks, extract
+from martlet.graph.objectives import Block, Loss
+from martlet.graph.segments import blocks, extract
 from martlet.nn.quantizers import PackedWeightQuantizer, TableQuantizer
 
 BATCH = 8
@@ -34,36 +35,20 @@ BATCH = 8
 class Learning:
     """How a block learns.
 
-    steps: of Adam, on BATCH images each. weight_rate, scale_rate: their learning rates; the latter falls to zero along
-    a cosine, and is relative to the scale. drop: the share of a block's input that is float. decide: the weight of the
-    regularizer that drives each weight to one side, against a loss that starts at 1.
+    steps: of Adam, on BATCH images each. freedom: `rounding`, a weight goes up or down from where it is; `weights`, it
+    goes anywhere. weight_rate, scale_rate, float_rate: learning rates of weights, in steps of their grid; of scales of
+    activations; and of what isn't rounded (biases, norms, other weights), where 0 leaves it; the latter two are
+    relative to what they change and fall to zero along a cosine. drop: the share of a block's input that is float.
+    decide: the weight of the regularizer that drives each weight to one side, against a loss that starts at 1.
     """
 
     steps: int = 300
+    freedom: str = "rounding"
     weight_rate: float = 1e-2
     scale_rate: float = 1e-3
+    float_rate: float = 0.0
     drop: float = 0.5
     decide: float = 1.0
-
-
-@dataclass(frozen=True)
-class Block:
-    """What an objective may use: the float block, what follows it, and the block's float input and output."""
-
-    segment: Segment
-    module: GraphModule
-    rest: GraphModule | None
-    input: Tensor
-    output: Tensor
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From a block's error (b, …) and the numbers (b,) of the images it is of to one number."""
-
-
-def mean_squared(block: Block) -> Loss:
-    """The mean squared error."""
-    return lambda error, images: error.square().mean()
 
 
 def reconstruct_(
@@ -74,10 +59,12 @@ def reconstruct_(
     learning: Learning,
     seed: int,
     progress: Progress,
+    weights: GraphModule | None = None,
 ) -> list[dict[str, float]]:
     """Learns all blocks in their order, each on the output of those before it. Returns its loss before and after.
 
-    original: the same graph before it was rounded, with the same node names. The loss before and after is relative to
+    original: the same graph before it was rounded, with the same node names. weights: the same with the weights that
+    were rounded, where these aren't the original's. The loss before and after is relative to
     the float output: mean squared error over mean square.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -92,11 +79,11 @@ def reconstruct_(
         now = extract(rounded, nodes[piece.input.name], nodes[piece.output.name])
         rest = None if piece.output is last else extract(original, piece.output, last)
         target = _run(before, exact)
-        block = Block(piece, before, rest, exact, target)
+        block = Block(rest, target, lambda now=now, x=approximate: _run(now, x), learning.steps)
         start = _relative(_run(now, approximate), target)
-        learner = _Learner(now, original)
+        learner = _Learner(now, weights or original, learning.freedom)
         if learner.weights or learner.scales:
-            learner.learn_(block, approximate, objective(block), learning, generator)
+            learner.learn_(exact, approximate, target, objective(block), learning, generator)
         exact, approximate = target, _run(now, approximate)
         report.append({"before": start, "after": _relative(approximate, target)})
     progress("reconstruct", len(pieces), len(pieces))
@@ -123,6 +110,30 @@ class _SoftWeight(nn.Module):
     def finish_(self) -> None:
         codes = learned_codes(self.rows, self.v.detach(), self.scale, self.zero, self.quantizer.bits)
         self.quantizer.codes.copy_(pack(codes, self.quantizer.bits))
+
+
+class _FreeWeight(nn.Module):
+    """A weight that moves in steps of its grid, with a gradient as if it weren't rounded."""
+
+    def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.scale = quantizer.scale.repeat_interleave(quantizer.group_size, 1)
+        half = torch.full_like(quantizer.scale, 2 ** (quantizer.bits - 1))
+        zero = half if quantizer.zero_point is None else quantizer.zero_point.to(half.dtype)
+        self.zero = zero.repeat_interleave(quantizer.group_size, 1)
+        self.position = quantizer.flatten(weight.detach()) / self.scale
+        self.v = nn.Parameter(torch.zeros_like(self.position))
+
+    def codes(self) -> Tensor:
+        return (torch.round(self.position + self.v.detach()) + self.zero).clamp(0, 2**self.quantizer.bits - 1)
+
+    def forward(self) -> Tensor:
+        rounded = self.codes() - self.zero
+        return self.quantizer.unflatten((self.v + (rounded - self.v.detach())) * self.scale)
+
+    def finish_(self) -> None:
+        self.quantizer.codes.copy_(pack(self.codes().to(torch.uint8), self.quantizer.bits))
 
 
 class _LearnedScale(nn.Module):
@@ -165,10 +176,12 @@ class _StraightThrough(torch.autograd.Function):
 class _Learner:
     """A block whose quantizers have parameters while it learns."""
 
-    def __init__(self, module: GraphModule, original: GraphModule) -> None:
+    def __init__(self, module: GraphModule, weights: GraphModule, freedom: str) -> None:
         self.module = module
-        self.weights: dict[str, _SoftWeight] = {}
+        self.weights: dict[str, _SoftWeight | _FreeWeight] = {}
         self.scales: dict[str, _LearnedScale] = {}
+        self.floats = list(module.parameters())
+        kind = _SoftWeight if freedom == "rounding" else _FreeWeight
         for node in module.graph.nodes:
             if node.op != "call_module":
                 continue
@@ -176,39 +189,51 @@ class _Learner:
             quantizer = module.get_submodule(name)
             if isinstance(quantizer, PackedWeightQuantizer):
                 owner, _, leaf = name.removesuffix("_quantizer").rpartition(".")
-                self.weights[name] = _SoftWeight(quantizer, getattr(original.get_submodule(owner), leaf))
+                self.weights[name] = kind(quantizer, getattr(weights.get_submodule(owner), leaf))
             elif isinstance(quantizer, TableQuantizer):
                 self.scales[name] = _LearnedScale(quantizer)
 
-    def learn_(self, block: Block, rounded: Tensor, loss: Loss, learning: Learning, generator: torch.Generator) -> None:
+    def learn_(
+        self, exact: Tensor, rounded: Tensor, target: Tensor, loss: Loss, learning: Learning, generator: torch.Generator
+    ) -> None:
+        """exact, rounded: the block's input (B, …) in the float model and behind rounded blocks. target: its output."""
         learned = {**self.weights, **self.scales}
         for name, layer in learned.items():
             self.module.set_submodule(name, layer)
         weights = torch.optim.Adam([w.v for w in self.weights.values()] or [torch.zeros(1)], learning.weight_rate)
-        scales = torch.optim.Adam([s.factor for s in self.scales.values()] or [torch.zeros(1)], learning.scale_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(scales, learning.steps)
-        count = sum(w.v.numel() for w in self.weights.values())
+        rates = [{"params": [s.factor], "lr": learning.scale_rate} for s in self.scales.values()]
+        if learning.float_rate:
+            for parameter in self.floats:
+                parameter.requires_grad_(True)
+                typical = float(parameter.detach().abs().mean())
+                rates.append({"params": [parameter], "lr": learning.float_rate * typical})
+        others = torch.optim.Adam(rates or [torch.zeros(1)])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(others, learning.steps)
+        soft = [w for w in self.weights.values() if isinstance(w, _SoftWeight)]
+        count = sum(w.v.numel() for w in soft)
         first: Tensor | None = None
         for step in range(learning.steps):
             chosen = torch.randperm(len(rounded), generator=generator)[:BATCH]
-            x = drop_quantization(rounded[chosen], block.input[chosen], learning.drop, generator)
-            error = loss(self.module(x) - block.output[chosen], chosen)
+            x = drop_quantization(rounded[chosen], exact[chosen], learning.drop, generator)
+            error = loss(self.module(x) - target[chosen], chosen)
             first = error.detach() if first is None else first
             total = error / first
             beta = annealed_beta(step, learning.steps)
-            if beta is not None and self.weights:
-                undecided = sum(rounding_regularizer(w.v, beta) for w in self.weights.values())
+            if beta is not None and soft:
+                undecided = sum(rounding_regularizer(w.v, beta) for w in soft)
                 total = total + learning.decide * undecided / count
             weights.zero_grad()
-            scales.zero_grad()
+            others.zero_grad()
             total.backward()
             weights.step()
-            scales.step()
+            others.step()
             schedule.step()
         with torch.no_grad():
             for name, layer in learned.items():
                 layer.finish_()
                 self.module.set_submodule(name, layer.quantizer)
+        for parameter in self.floats:
+            parameter.requires_grad_(False)
 
 
 def _run(module: GraphModule, x: Tensor) -> Tensor:

@@ -29,15 +29,21 @@ class _Images:
 
 
 def output_gradients(
-    graph_module: GraphModule, found: Sequence[Site], images: Tensor, seed: int, progress: Progress
+    graph_module: GraphModule,
+    found: Sequence[Site],
+    images: Tensor,
+    seed: int,
+    progress: Progress,
+    convolutions: bool = False,
 ) -> dict[Node, Tensor]:
     """For each Linear and attention product a sample of the gradients of random combinations of logits.
 
     Laid out as `sample` takes a value of the node over the same images. A product that no image reaches has none.
+    convolutions: theirs too.
     """
     [placeholder] = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     reached, total = _reached(placeholder), len(images)
-    watched = [site for site in found if site.kind != "conv" and site.node in reached]
+    watched = [site for site in found if (convolutions or site.kind != "conv") and site.node in reached]
     parts: dict[Node, list[Tensor]] = {site.node: [] for site in watched}
     seen = dict.fromkeys(parts, 0)
 

@@ -16,7 +16,6 @@ GRIDS: dict[str, Quantizes] = {
     "log2": LogarithmicGrid(4, torch.tensor(0.9)),
     "log√2": LogarithmicGrid(5, torch.tensor(1.0), 1, 2),
     "a base of AdaLog": LogarithmicGrid(4, torch.tensor(1.7), 23, 37, rounded=True, shift=GELU_SHIFT),
-    "with a zero": LogarithmicGrid(3, torch.tensor(1.0), zero=True),
     "shift-uniform-log2": ShiftUniformLog2Grid(4, 0.05, -4.3, 0.07),
     "twin softmax": TwinSoftmaxGrid(4, 5),
     "twin gelu": TwinGeluGrid(4, 4),

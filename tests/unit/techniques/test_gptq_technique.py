@@ -324,3 +324,15 @@ def test_shipped_recipes(name: str, bits: int) -> None:
     passes = Recipe.load(name).passes
     assert [technique.name for technique in passes] == ["fuse", "gptq", "bf16"]
     assert passes[1] == GPTQ(bits=bits)
+
+
+def test_without_compensation_every_weight_goes_to_the_nearest_code() -> None:
+    original = model()
+    compressed = compress(original, bits=3, compensate=False)
+    weights = dict(original.module.named_parameters())
+    for name, quantizer in quantizers(compressed).items():
+        weight, rounded = weights[f"{name}.weight"], quantizer()
+        step = quantizer.scale.repeat_interleave(quantizer.group_size, 1)
+        limit = 3 * step  # codes -3 to 3
+        assert bool(((weight.clamp(-limit, limit) - rounded).abs() <= step / 2 * (1 + 1e-4)).all()), name
+    assert error(logits(compress(original, bits=3).module, images()), logits(compressed.module, images())) > 1e-3

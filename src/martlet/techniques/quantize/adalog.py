@@ -24,6 +24,9 @@ from martlet.graph.fit import Call, Fitted, Operand
 from martlet.graph.low_bit import Reparameterized, affine, affine_heads, quantized_weight, sample, tabulated
 from martlet.nn.quantizers import Quantizer
 
+SOFTMAX_VALUES = 2**18
+"""Of an attention's softmax, on which the base of its logarithm is chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLog(Reparameterized):
@@ -41,9 +44,10 @@ class AdaLog(Reparameterized):
     Needs: images, without labels; the first 32 are looked at.
     Cost: two forward passes, and a few hundred roundings of each weight and of a sample of each activation.
     Paper: Wu et al., AdaLog, 2024, arXiv 2407.12951.
-    Differs: activations are searched on 1,024 rows of each tensor and weights once after them, where the official code
-        takes all rows, three rounds of both, and six steps of the search for four here. A softmax's base is chosen by
-        the error of its own values. LayerNorms without a bias, or before a Linear without one, stay as they are.
+    Differs: activations are searched on 1,024 rows of each tensor and weights once after them, where the official
+        code takes all rows, three rounds of both, and six steps of the search for four here; a softmax's base is
+        chosen on some of its rows, and q, k and v by their own error. LayerNorms without a bias, or before a Linear
+        without one, stay as they are.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
     """
@@ -60,6 +64,8 @@ class AdaLog(Reparameterized):
         return reparameterize_scales(found[:, 0], found[:, 1])
 
     def decide(self, call: Call) -> Fitted:
+        if [operand.kind for operand in call.operands.values()] == ["softmax", "value"]:
+            return self._for_values(call)
         if call.site.node.target is not torch.ops.aten.linear.default:
             return super().decide(call)
         assert call.weight is not None
@@ -77,7 +83,7 @@ class AdaLog(Reparameterized):
     def activation(self, operand: Operand) -> Quantizer:
         x, bits = operand.value, self.bits(operand.kind)
         if operand.kind == "softmax":
-            few = sample(x.flatten()[:, None], 2**17)
+            few = sample(x.flatten()[:, None], SOFTMAX_VALUES)
             return tabulated(search_logarithmic(squared_error(few), few, bits, scale=1.0))
         if operand.kind in ("query", "key", "value") and x.ndim == 4:
             heads = [sample(head) for head in x.unbind(1)]
@@ -89,6 +95,15 @@ class AdaLog(Reparameterized):
         return quantized_weight(
             call, self.weight_bits, lambda w: search_affine_rows(rows_error(w), w, self.weight_bits)
         )
+
+    def _for_values(self, call: Call) -> Fitted:
+        (first, softmax), (second, value) = call.operands.items()
+        quantizer = self.activation(value)
+        rows = softmax.value[..., :: max(1, softmax.value.numel() // SOFTMAX_VALUES), :]  # (…, queries, keys)
+        output, rounded = rows @ value.value, quantizer(value.value)
+        error = lambda found: float((found @ rounded - output).square().mean())  # noqa: E731
+        grid = search_logarithmic(error, rows, self.activation_bits, scale=1.0)
+        return Fitted({first: tabulated(grid), second: quantizer})
 
     def _for_linear(self, operand: Operand, rows: Tensor, weight: Tensor) -> Quantizer:
         error = linear_error(rows, weight)

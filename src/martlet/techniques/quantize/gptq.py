@@ -16,7 +16,7 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional.formats import IntegerGrid
-from martlet.functional.gptq import gptq, input_hessian
+from martlet.functional.gptq import gptq, input_hessian, round_to_nearest
 from martlet.graph import rounding
 from martlet.graph.sites import Site, aten, sites
 from martlet.nn.quantizers import PackedWeightQuantizer
@@ -39,6 +39,7 @@ class GPTQ(Technique):
             least half of it; the record says how many Linears have which.
         activation_order: round the features with the largest inputs first.
         damping: what is added to the Hessian's diagonal, as a share of its mean.
+        compensate: False rounds every weight to nearest (RTN) on the same kind of grid, to compare.
 
     Shape: none changes.
     Needs: images, without labels; 64 are enough for most models.
@@ -63,6 +64,7 @@ class GPTQ(Technique):
     group_size: int = 32
     activation_order: bool = False
     damping: float = 0.01
+    compensate: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -110,16 +112,14 @@ class GPTQ(Technique):
 
     def quantize(self, name: str, x: Tensor, weight: Tensor) -> PackedWeightQuantizer:
         """A Linear's weight (O, I), rounded for inputs (…, I)."""
-        group_size = self._group_size(name, weight.shape[1])
+        width = self._group_size(name, weight.shape[1])
+        grid, group_size = IntegerGrid(self.bits), width if width < weight.shape[1] else None
         try:
-            result = gptq(
-                weight,
-                input_hessian(x.flatten(0, -2)),
-                IntegerGrid(self.bits),
-                group_size if group_size < weight.shape[1] else None,
-                self.damping,
-                self.activation_order,
-            )
+            if self.compensate:
+                hessian = input_hessian(x.flatten(0, -2))
+                result = gptq(weight, hessian, grid, group_size, self.damping, self.activation_order)
+            else:
+                result = round_to_nearest(weight, grid, group_size)
         except NumericsError as error:
             raise NumericsError(f"gptq: {name}: {error}") from error
         return PackedWeightQuantizer(result.codes, result.parameters[..., 0].clone(), self.bits)

@@ -9,10 +9,10 @@ import torch
 
 from martlet.core.errors import RecipeError
 from martlet.functional.formats import IntegerGrid
-from martlet.functional.percentile import percentile_affine, percentile_grids
+from martlet.functional.percentile import percentile_affine
 from martlet.functional.search import AffineGrid, search_affine, squared_error
 from martlet.graph.fit import Call, Operand
-from martlet.graph.low_bit import LowBit, affine, quantized_weight, sample
+from martlet.graph.low_bit import LowBit, affine, percentile_weight, quantized_weight, sample
 from martlet.nn.quantizers import Quantizer
 
 RANGES = ("minmax", "percentile", "mse")
@@ -67,6 +67,6 @@ class Uniform(LowBit):
 
     def weight(self, call: Call) -> Quantizer:
         if self.ranges == "percentile":
-            return quantized_weight(call, self.weight_bits, lambda rows: percentile_grids(rows, self.weight_bits))
+            return percentile_weight(call, self.weight_bits)
         least = 1.0 if self.ranges == "minmax" else 0.4
         return quantized_weight(call, self.weight_bits, IntegerGrid(self.weight_bits, symmetric=False, least=least).fit)

@@ -1,0 +1,240 @@
+"""Few bits, compared: every shipped method on the same models, bits, calibration images and test images.
+
+    python benchmarks/cifar.py swin hybrid --out DIR             # once, for the models that aren't ViT-Ti
+    python benchmarks/ptq.py --cifar DIR                         # the whole grid: hours on two cores
+    python benchmarks/ptq.py --models vit_tiny --recipes adalog martlet --bits w4a4 w3a3
+
+Writes one JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch:
+there is an accuracy and no speed. A method that fails is an entry that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import cifar
+import peers
+from martlet.cli.terminal import note, working
+from martlet.core import pipeline, report
+from martlet.core.errors import MartletError, UsageError
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Progress
+from martlet.data import open_images
+from martlet.data.calibration import Calibration
+from martlet.measure.fidelity import fidelity
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from martlet.core.model import Model
+    from martlet.data.images import Images
+
+BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
+QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "adalog", "mixed")
+LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet")
+WEIGHTS_ONLY = ("rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What must be equal for two entries to stand in one file."""
+
+    calibration_images: int = 64
+    test_images: int = 500
+    seed: int = 0
+    batch: int = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model with real weights, and where its images are, calibration ones and others."""
+
+    load: Callable[[argparse.Namespace], Model]
+    calibration: str
+    test: str
+
+
+def _vit_tiny(options: argparse.Namespace) -> Model:
+    from martlet.source import load_model
+
+    weights = options.assets / "weights" / "vit_tiny_patch16_224.in1k.safetensors"
+    return load_model("timm:vit_tiny_patch16_224", weights=weights)
+
+
+SUBJECTS = {
+    "vit_tiny": Subject(
+        load=_vit_tiny, calibration=f"{peers.VALIDATION}/test.parquet", test=f"{peers.SAMPLE}/test.parquet"
+    ),
+    **{
+        name: Subject(
+            load=lambda options, name=name: cifar.load(name, options.cifar),
+            calibration="cifar10/train.parquet",
+            test="cifar10/test.parquet",
+        )
+        for name in cifar.SMALL
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for. Returns the exit status."""
+    options = _options(argv)
+    settings = Settings()
+    try:
+        document = open_document(options.out, settings)
+        for name in options.models:
+            for entry in run(name, options, settings, document["entries"]):
+                key = entry["model"], entry["recipe"]
+                document["entries"] = [e for e in document["entries"] if (e["model"], e["recipe"]) != key] + [entry]
+                peers.write(options.out, document)
+                note(_line(entry))
+    except MartletError as error:
+        note(str(error))
+        return error.exit_status
+    return 0
+
+
+def open_document(path: Path, settings: Settings) -> dict[str, Any]:
+    """The results so far, or an empty document.
+
+    Raises:
+        UsageError: they are another benchmark's, or were measured with other settings or elsewhere.
+    """
+    fresh = {
+        "martlet_results": peers.VERSION,
+        "benchmark": "ptq",
+        "simulated": True,
+        "environment": report.environment(peers.PACKAGES),
+        "settings": asdict(settings),
+        "entries": [],
+    }
+    if not path.exists():
+        return fresh
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("martlet_results", "benchmark", "environment", "settings"):
+        if document.get(key) != fresh[key]:
+            raise UsageError(f"{path} has another {key} than this run ({document.get(key)}); give another --out")
+    return document
+
+
+def run(
+    name: str, options: argparse.Namespace, settings: Settings, known: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The entries of one model that aren't known yet, in the order of recipes and bits."""
+    wanted = [f"{r}-{b}" for b in options.bits for r in options.recipes] + list(options.weights_only)
+    there = {e["recipe"] for e in known if e["model"] == name}
+    todo = [recipe for recipe in wanted if recipe not in there]
+    if not todo:
+        return
+    subject = SUBJECTS[name]
+    model = subject.load(options)
+    pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))
+    calibration = Calibration(pool, model.preprocess, n=settings.calibration_images, batch_size=16, seed=settings.seed)
+    x, labels = _read(test.sample(settings.test_images, settings.seed), model)
+    exact = _logits(model.module, x, settings.batch)
+    for recipe in todo:
+        with working(f"{name} {recipe}") as progress:
+            entry = {
+                "model": name,
+                "weights": model.origin["weights"],
+                "recipe": recipe,
+                "images": {"calibration": subject.calibration, "test": subject.test},
+                "calibration_n": calibration.num_images,
+                "n": len(labels),
+                "top1_float_pct": 100 * float((exact.argmax(1) == labels).mean()),
+            }
+            yield entry | measure(model, recipe, calibration, x, labels, exact, settings, progress)
+
+
+def measure(
+    model: Model,
+    recipe: str,
+    calibration: Calibration,
+    x: np.ndarray,
+    labels: np.ndarray,
+    exact: np.ndarray,
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What one recipe leaves of a model: accuracy, closeness, bits of every kind of tensor, and seconds it took."""
+    from torch.fx import GraphModule
+
+    from martlet.graph.bits import bit_map
+
+    start = time.perf_counter()
+    try:
+        done = pipeline.run(
+            model.copy(), _recipe(recipe), Context(images=calibration, seed=settings.seed, progress=progress)
+        )
+        seconds = time.perf_counter() - start
+        logits = _logits(done.module, x, settings.batch)
+        found = fidelity(exact, logits)
+        assert isinstance(done.module, GraphModule)
+        return {
+            "top1_pct": 100 * float((logits.argmax(1) == labels).mean()),
+            "agreement_pct": found["top1_agreement_pct"],
+            "sqnr_db": found["logit_sqnr_db"],
+            "seconds": round(seconds, 1),
+            "bits": bit_map(done.module, "f32"),
+        }
+    except MartletError as error:
+        return {"error": str(error)}
+
+
+def _recipe(name: str) -> Recipe:
+    """A shipped recipe; `mixed-wXaY`, RepQ-ViT's grids with bits by integer programme; `rtn-wX`, GPTQ's without it."""
+    head, _, bits = name.rpartition("-")
+    if head == "mixed":
+        base = Recipe.load(f"repq-vit-{bits}")
+        return Recipe(tuple(_with(t, "weight_bits", allocation="milp") for t in base.passes))
+    if head == "rtn":
+        return Recipe(tuple(_with(t, "damping", compensate=False) for t in Recipe.load(f"gptq-{bits}").passes))
+    return Recipe.load(name)
+
+
+def _with(technique: Any, field: str, **changes: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(technique, **changes) if hasattr(technique, field) else technique
+
+
+def _read(images: Images, model: Model) -> tuple[np.ndarray, np.ndarray]:
+    samples = [(model.preprocess(sample.image), sample.label) for sample in images]
+    return np.stack([x for x, _ in samples]), np.array([label for _, label in samples])
+
+
+def _logits(module: nn.Module, x: np.ndarray, batch: int) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([module(part) for part in torch.from_numpy(x).split(batch)]).numpy()
+
+
+def _line(entry: dict[str, Any]) -> str:
+    result = entry.get("error") or f"{entry['top1_pct']:.1f} % of {entry['top1_float_pct']:.1f} %, {entry['seconds']} s"
+    return f"{entry['model']} {entry['recipe']}: {result}"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--recipes", nargs="*", default=[*QUICK, *LEARNED], metavar="NAME", help="without bits")
+    parser.add_argument("--bits", nargs="*", default=list(BITS), metavar="wXaY")
+    parser.add_argument("--weights-only", nargs="*", default=list(WEIGHTS_ONLY), metavar="NAME")
+    parser.add_argument("--cifar", type=Path, default=Path("runs/cifar"), help="folder that benchmarks/cifar.py wrote")
+    parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
+    parser.add_argument("--out", type=Path, default=peers.ROOT / "results/ptq.json", help="results/ptq.json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

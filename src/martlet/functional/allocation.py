@@ -1,0 +1,77 @@
+"""Which setting each layer gets, so that the costs add up to the least within budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of a layer. cost: of its error, in any unit that adds up. uses: of each budget; none is negative."""
+
+    cost: float
+    uses: tuple[float, ...]
+
+
+def allocate_exactly(layers: Sequence[Sequence[Choice]], budgets: Sequence[float]) -> list[int]:
+    """The choice of each layer with the least sum of costs within all budgets, by integer programming (SciPy's MILP).
+
+    Raises:
+        ValueError: a layer has no choice, or nothing fits the budgets.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    _check(layers, budgets)
+    flat = [choice for layer in layers for choice in layer]
+    owner = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
+    one_each = (owner == np.arange(len(layers))[:, None]).astype(float)  # (layers, choices)
+    costs = np.array([choice.cost for choice in flat])
+    scale = np.abs(costs).max() or 1.0
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for i, budget in enumerate(budgets):
+        uses = np.array([[choice.uses[i] for choice in flat]])
+        constraints.append(LinearConstraint(uses / (budget or 1.0), -np.inf, 1.0 if budget else 0.0))
+    found = milp(costs / scale, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(flat)))
+    if found.x is None:
+        raise ValueError("no choice of settings fits the budgets")
+    picked = np.flatnonzero(found.x > 0.5)
+    starts = np.cumsum([0, *(len(layer) for layer in layers[:-1])])
+    return (picked - starts).tolist()
+
+
+def allocate_greedily(layers: Sequence[Sequence[Choice]], budgets: Sequence[float]) -> list[int]:
+    """From each layer's least cost, the step that costs least for what it saves of an exceeded budget, again and again.
+
+    Source: Tai and Wu, MPTQ-ViT, 2024, arXiv 2401.14895, whose greedy search weighs accuracy against size; its
+    equations weren't at hand.
+
+    Raises:
+        ValueError: a layer has no choice, or it finds none that fits the budgets.
+    """
+    _check(layers, budgets)
+    picked = [min(range(len(layer)), key=lambda i, layer=layer: layer[i].cost) for layer in layers]
+    while True:
+        used = [sum(layer[i].uses[b] for layer, i in zip(layers, picked, strict=True)) for b in range(len(budgets))]
+        over = [b for b, budget in enumerate(budgets) if used[b] > budget * (1 + 1e-9)]
+        if not over:
+            return picked
+        best, least = None, float("inf")
+        for n, layer in enumerate(layers):
+            now = layer[picked[n]]
+            for i, choice in enumerate(layer):
+                saved = sum(max(0.0, now.uses[b] - choice.uses[b]) / (budgets[b] or 1.0) for b in over)
+                if saved > 0 and (price := (choice.cost - now.cost) / saved) < least:
+                    best, least = (n, i), price
+        if best is None:
+            raise ValueError("no choice of settings fits the budgets")
+        picked[best[0]] = best[1]
+
+
+def _check(layers: Sequence[Sequence[Choice]], budgets: Sequence[float]) -> None:
+    if not layers or not all(layers):
+        raise ValueError("a layer has no setting to choose")
+    if any(len(choice.uses) != len(budgets) for layer in layers for choice in layer):
+        raise ValueError("a setting doesn't say what it uses of each budget")

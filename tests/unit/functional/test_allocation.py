@@ -1,0 +1,97 @@
+"""Allocations against trying everything; and that a worse one would show."""
+
+import itertools
+
+import pytest
+import torch
+
+from martlet.functional.allocation import Choice, allocate_exactly, allocate_greedily
+
+
+def layers(seed: int, budgets: int = 2, count: int = 5, settings: int = 4) -> list[list[Choice]]:
+    """Costs that fall by about four with every bit, and uses that grow with it."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        weight = torch.rand(budgets, generator=generator) * 9 + 1
+        scale = 10 ** (3 * torch.rand(1, generator=generator).item())
+        noise = torch.rand(settings, generator=generator) + 0.5
+        found.append(
+            [Choice(scale * noise[i].item() * 4.0**-i, tuple((weight * (3 + i)).tolist())) for i in range(settings)]
+        )
+    return found
+
+
+def cost(its: list[list[Choice]], picked: list[int]) -> float:
+    return sum(layer[i].cost for layer, i in zip(its, picked, strict=True))
+
+
+def used(its: list[list[Choice]], picked: list[int], b: int) -> float:
+    return sum(layer[i].uses[b] for layer, i in zip(its, picked, strict=True))
+
+
+def average(its: list[list[Choice]], b: int) -> float:
+    return sum(layer[1].uses[b] for layer in its)
+
+
+def assert_is_the_best(its: list[list[Choice]], picked: list[int], budgets: list[float]) -> None:
+    assert all(used(its, picked, b) <= budget * (1 + 1e-6) for b, budget in enumerate(budgets))
+    fitting = [
+        cost(its, list(other))
+        for other in itertools.product(*(range(len(layer)) for layer in its))
+        if all(used(its, list(other), b) <= budget * (1 + 1e-9) for b, budget in enumerate(budgets))
+    ]
+    assert cost(its, picked) == pytest.approx(min(fitting), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("budgets", [1, 2])
+def test_the_integer_programme_finds_the_least_cost(seed: int, budgets: int) -> None:
+    its = layers(seed, budgets)
+    limits = [average(its, b) for b in range(budgets)]
+    picked = allocate_exactly(its, limits)
+    assert_is_the_best(its, picked, limits)
+    assert cost(its, picked) < cost(its, [1] * len(its))  # better than the same everywhere
+
+
+def test_a_worse_allocation_shows() -> None:
+    its = layers(0)
+    limits = [average(its, b) for b in range(2)]
+    picked = allocate_exactly(its, limits)
+    for wrong in ([1] * 5, [3] * 5, [0] * 5, [(i + 1) % 4 for i in picked]):
+        with pytest.raises(AssertionError):
+            assert_is_the_best(its, wrong, limits)
+
+
+def test_the_greedy_allocation_keeps_the_budgets_and_beats_the_same_everywhere() -> None:
+    greedy = same = 0.0
+    for seed in range(6):
+        its = layers(seed, count=20)
+        limits = [average(its, b) for b in range(2)]
+        picked = allocate_greedily(its, limits)
+        assert all(used(its, picked, b) <= limit * (1 + 1e-6) for b, limit in enumerate(limits))
+        assert cost(its, allocate_exactly(its, limits)) <= cost(its, picked) * (1 + 1e-6)
+        greedy, same = greedy + cost(its, picked), same + cost(its, [1] * 20)
+    assert greedy < 0.9 * same
+
+
+def test_enough_for_all_gives_each_its_best() -> None:
+    its = layers(3)
+    for allocate in (allocate_exactly, allocate_greedily):
+        assert allocate(its, [1e9, 1e9]) == [3] * 5
+
+
+def test_a_budget_that_nothing_uses_is_no_division_by_zero() -> None:
+    its = [[Choice(2.0, (0.0,)), Choice(1.0, (0.0,))]]
+    for allocate in (allocate_exactly, allocate_greedily):
+        assert allocate(its, [0.0]) == [1]
+
+
+@pytest.mark.parametrize("allocate", [allocate_exactly, allocate_greedily])
+@pytest.mark.parametrize(
+    ("its", "budgets"),
+    [([], [1.0]), ([[]], [1.0]), ([[Choice(1.0, (2.0,))]], [1.0]), ([[Choice(1.0, (2.0,))]], [1.0, 2.0])],
+)
+def test_the_impossible_is_refused(allocate, its, budgets) -> None:
+    with pytest.raises(ValueError, match=r"no choice|no setting|doesn't say"):
+        allocate(its, budgets)
