@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from martlet.core.technique import Batches, Progress
 
 MICRO_BATCH = 4
 """Images whose activations are held at once for a backward pass."""
+
+
+class OneBatch:
+    """A tensor (B, 3, H, W) as batches: one."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.num_images = images, len(images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.images
 
 
 class _Observer(Interpreter):

@@ -9,23 +9,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Progress
-from martlet.graph.observe import observe_gradients
+from martlet.graph.observe import OneBatch, observe_gradients
 from martlet.graph.sites import Site
 
 ROWS = 512
 """Of a Linear, over all images."""
 IMAGES = 4
 """Of an attention product, whose heads and tokens are all kept."""
-
-
-class _Images:
-    """A tensor (B, 3, H, W) as batches."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images, self.num_images = images, len(images)
-
-    def __iter__(self):
-        yield self.images
 
 
 def output_gradients(
@@ -57,7 +47,7 @@ def output_gradients(
         ((site.node, placeholder), lambda values, gradients, site=site: look(values, gradients, site))
         for site in watched
     ]
-    observe_gradients(graph_module, _Images(images), watch, seed, progress, "observe gradients")
+    observe_gradients(graph_module, OneBatch(images), watch, seed, progress, "observe gradients")
     return {node: torch.cat(kept) for node, kept in parts.items() if kept}
 
 

@@ -97,7 +97,7 @@ def wrap(module: nn.Module) -> Model:
 def compress(original: Model, name: str, **settings: object) -> Model:
     cls = registry.technique(name)
     few = {"steps": 2} if cls().steps else {}  # type: ignore[attr-defined]
-    technique = cls(**(few | settings))
+    technique = cls(**({"weight_bits": 4, "activation_bits": 4} | few | settings))
     return pipeline.run(original, Recipe((technique,)), Context(images=Smooth(), seed=1))
 
 
