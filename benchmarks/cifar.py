@@ -79,7 +79,7 @@ SMALL = {
             "drop_path_rate": 0.0,
         },
     ),
-    "hybrid": Small(model="mobilevit_xxs", size=64, epochs=8, rate=2e-3, bfloat16=False),
+    "hybrid": Small(model="mobilevit_xxs", size=64, epochs=5, rate=2e-3, bfloat16=False),
 }
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
-QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "adalog", "mixed")
+QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
 LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet")
 WEIGHTS_ONLY = ("rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 
@@ -48,7 +48,7 @@ WEIGHTS_ONLY = ("rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 class Settings:
     """What must be equal for two entries to stand in one file."""
 
-    calibration_images: int = 64
+    calibration_images: int = 128
     test_images: int = 500
     seed: int = 0
     batch: int = 25
@@ -130,11 +130,16 @@ def run(
     name: str, options: argparse.Namespace, settings: Settings, known: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The entries of one model that aren't known yet, in the order of recipes and bits."""
+    import torch
+
+    from martlet.engine.base import cores
+
     wanted = [f"{r}-{b}" for b in options.bits for r in options.recipes] + list(options.weights_only)
     there = {e["recipe"] for e in known if e["model"] == name}
     todo = [recipe for recipe in wanted if recipe not in there]
     if not todo:
         return
+    torch.set_num_threads(cores())
     subject = SUBJECTS[name]
     model = subject.load(options)
     pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))

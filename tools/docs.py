@@ -127,8 +127,8 @@ def few_bits(document: Mapping[str, Any]) -> str:
         "",
         f"Top-1 in percent of {settings['test_images']} test images; {settings['calibration_images']} other images "
         f"calibrated, of which grids see 32. A difference of two or three points on so few images can be chance. "
-        f"Seed {settings['seed']}. Seconds are those of quantizing at the narrowest width in the row, on "
-        f"{environment['cores']} cores of {environment['cpu']}.",
+        f"Seed {settings['seed']}. Seconds, of quantizing at the narrowest width in the row, are a rough guide: other "
+        f"work ran beside it on the {environment['cores']} cores of {environment['cpu']}.",
         "",
         "Rounded are weights and inputs of every Linear and convolution, q, k, v and softmax; first and last layer "
         "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "

@@ -118,3 +118,36 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
     missing = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
     assert not missing
+
+
+def few_bits_document() -> dict:
+    entry = {"model": "a_model", "weights": "file a", "top1_float_pct": 80.0, "n": 500}
+    return {
+        "benchmark": "ptq",
+        "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}},
+        "settings": {"test_images": 500, "calibration_images": 128, "seed": 0},
+        "entries": [
+            entry | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "seconds": 3.0},
+            entry | {"recipe": "uniform-w8a8", "top1_pct": 79.5, "seconds": 4.0},
+            entry | {"recipe": "martlet-w4a4", "top1_pct": 66.0, "seconds": 250.0},
+            entry | {"recipe": "adalog-w4a4", "error": "it failed"},
+        ],
+    }
+
+
+def test_the_page_of_few_bits_has_every_number(docs, root):
+    (root / "results").mkdir()
+    (root / "results" / "ptq.json").write_text(json.dumps(few_bits_document()))
+    assert docs.main(["--check"], root) == 1
+    assert docs.main([], root) == 0
+    text = (root / "docs" / "few-bits.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| Recipe | W8A8 | W4A4 | Seconds |",
+        "| --- | --- | --- | --- |",
+        "| `martlet` | – | 66.0 | 250 |",
+        "| `uniform` | 79.5 | 1.2 | 3 |",
+        "| `adalog` | – | failed | – |",
+    ]
+    assert "simulated" in text
+    assert docs.main(["--check"], root) == 0

@@ -99,7 +99,7 @@ class LowBit(Technique):
         images = torch.cat(list(batches))
         changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
         original = copy.deepcopy(graph_module) if self.steps else None
-        found = list(sites(graph_module))
+        found = [site for site in sites(graph_module) if self.rounds(site)]
         few = images[:FIT_IMAGES]
         bits = self._allocate(graph_module, found, few, context)
         if bits:
@@ -117,6 +117,10 @@ class LowBit(Technique):
     def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
         """Changes the float model without changing its logits. Returns what the record should tell of it."""
         return {}
+
+    def rounds(self, site: Site) -> bool:
+        """Whether a multiplication is rounded at all."""
+        return True
 
     def decider(self, graph_module: GraphModule, images: Tensor, context: Context) -> Callable[[Call], Fitted]:
         """What decides: `decide`, or that with what a method has to know of the whole model first."""

@@ -20,6 +20,7 @@ from martlet.core.technique import Context, Stage
 from martlet.data.preprocess import Preprocess
 from martlet.graph.bits import bit_map
 from martlet.graph.low_bit import LowBit
+from martlet.graph.low_rank import split_linears_
 from martlet.graph.sites import sites
 from martlet.graph.trace import example_values
 from martlet.measure.macs import macs_by_node
@@ -128,13 +129,20 @@ def error(reference: Tensor, other: Tensor) -> float:
     return ((reference - other).norm() / reference.norm()).item()
 
 
+def widths(text: str, branches: int) -> set[str]:
+    """Of a bit map's entry, but for so many products that are in floating point on purpose."""
+    found = set(text.split(", "))
+    return {width.split()[0] for width in found - {f"f32 ({branches})"}}
+
+
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_every_product_is_rounded_to_its_bits(compressed, kind: str, name: str) -> None:
     done = compressed(kind, name)
     assert isinstance(done.module, GraphModule)
     found = list(sites(done.module))
     [step] = done.steps
-    assert sum(step.record["quantized"].values()) == len(found)
+    branches = 2 * len(step.record.get("ranks", {}))
+    assert sum(step.record["quantized"].values()) == len(found) - branches
     bits = bit_map(done.module, "f32")
     rounded = (
         "linear_weight",
@@ -146,10 +154,10 @@ def test_every_product_is_rounded_to_its_bits(compressed, kind: str, name: str) 
         "attention_probabilities",
         "softmax_output",
     )
-    assert {bits[part] for part in rounded} == {"4"}
+    assert {width for part in rounded for width in widths(bits[part], branches)} == {"4"}
     assert bits["conv_input"] == "8"  # the image
     assert bits["first_layer"] == "input 8, weight 4"
-    assert bits["last_layer"] == "input 4, weight 4"
+    assert bits["last_layer"] == ("input f32, weight f32" if branches else "input 4, weight 4")
     assert bits["residual"] == "f32"
     x = images()
     assert 1e-3 < error(logits(model(kind).module, x), logits(done.module, x)) < 1.5
@@ -198,7 +206,9 @@ def test_other_bits_are_as_asked(name: str, weight_bits: int, activation_bits: i
     done = compress(model("class token"), name, weight_bits=weight_bits, activation_bits=activation_bits)
     assert isinstance(done.module, GraphModule)
     bits = bit_map(done.module, "f32")
-    assert (bits["linear_weight"], bits["linear_input"]) == (str(weight_bits), str(activation_bits))
+    branches = 2 * len(done.steps[0].record.get("ranks", {}))
+    assert widths(bits["linear_weight"], branches) == {str(weight_bits)}
+    assert widths(bits["linear_input"], branches) == {str(activation_bits)}
     assert bool(torch.isfinite(logits(done.module, images())).all())
 
 
@@ -350,3 +360,31 @@ def test_is_vit_learns_weights_under_rounded_activations_first(compressed) -> No
             twin = compressed("class token", "is_vit").module.get_submodule(name)
             moved += int((twin() != module()).sum())
     assert moved > 0
+
+
+def test_a_branch_of_full_rank_leaves_the_weights_nothing_to_lose() -> None:
+    """With it a Linear's output is as in floating point whatever the bits, and what is left of its weight is zero."""
+    original, x = model("class token"), images(8)
+    done = compress(original, "svdquant", rank=10**6, weight_bits=2)
+    for module in done.module.modules():
+        if isinstance(module, PackedWeightQuantizer) and len(module.shape) == 2:
+            assert float(module().abs().max()) < 1e-5
+    half, none = (compress(original, "svdquant", rank=rank, weight_bits=2, activation_bits=8) for rank in (8, 0))
+    full = compress(original, "svdquant", rank=10**6, weight_bits=2, activation_bits=8)
+    exact = logits(original.module, x)
+    errors = [error(exact, logits(m.module, x)) for m in (none, half, full)]
+    assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
+    assert none.steps[0].record["ranks"] == {}
+    assert set(half.steps[0].record["ranks"].values()) == {8, 5}  # the head has five classes
+
+
+def test_a_branch_leaves_the_logits_as_they_were() -> None:
+    original, x = model("registers and qk-norm"), images()
+    exact = logits(original.module, x)
+    assert isinstance(original.module, GraphModule)
+    ranks = split_linears_(original.module, 7)
+    assert set(ranks.values()) == {7, 5}
+    torch.testing.assert_close(logits(original.module, x), exact, rtol=1e-4, atol=1e-4)
+    branch = next(iter(ranks))
+    original.module.get_submodule(f"low_rank.{branch}").up.zero_()
+    assert error(exact, logits(original.module, x)) > 1e-2  # the comparison can fail
