@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import pipeline, report, store
 from martlet.core.errors import DataError, UsageError
+from martlet.core.kept import Kept
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
@@ -49,7 +51,8 @@ def compress(
         images: what accuracy and fidelity are measured on; labels are used if there are any.
         recipe: a shipped recipe's name, techniques joined by `|`, a YAML file, or a Recipe.
         engine: `openvino`, `onnxruntime` or `torch`.
-        out: the folder to write; written beside first, so it is whole or not there.
+        out: the folder to write; written beside first, so it is whole or not there. Learning that was stopped stays
+            in `.NAME.resume` beside it, from which the same call goes on.
         calib: images that techniques may learn from; without it, a sample of `images` that is then not tested on.
         num_calib: how many calibration images.
         max_drop: points of top-1 (of agreement, without labels) that the gate lets go.
@@ -73,7 +76,8 @@ def compress(
     store.check_free(out, overwrite)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
-    context = Context(seed=seed, int8=target.int8, precisions=target.alternatives(), progress=progress)
+    kept = Kept.beside(out)
+    context = Context(seed=seed, int8=target.int8, precisions=target.alternatives(), progress=progress, kept=kept)
     for technique in recipe.passes:
         technique.check_engine(context)
     with clock("load"):
@@ -105,6 +109,7 @@ def compress(
         document["seconds"] = clock.total()
         store.write_report(folder, document)
         store.seal(folder, compressed, engine, files)
+    shutil.rmtree(kept.folder, ignore_errors=True)
     return store.load(out)
 
 

@@ -30,11 +30,11 @@ def kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))  # what it can't clean up there goes with this test
 
-    def run(out: Path, file: str, *arguments: object) -> Path:
+    def run(out: Path, file: str, *arguments: object, folder: str = "partial-{pid}-*") -> Path:
         code = "import sys; from martlet.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", code, *map(str, arguments)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            pattern = f".{out.name}.partial-{process.pid}-*/{file}"
+            pattern = f".{out.name}.{folder.format(pid=process.pid)}/{file}"
             while not (found := list(out.parent.glob(pattern))):
                 assert process.poll() is None, process.stderr and process.stderr.read()
                 time.sleep(0.01)
@@ -67,3 +67,18 @@ def test_what_was_there_stays_and_the_next_run_cleans_up(martlet, kill, argument
     assert done.status in (0, 3), done.err
     assert list(out.parent.iterdir()) == [out]
     assert json.loads((out / "report.json").read_text())["command"].endswith("--overwrite --seed 1")
+
+
+def test_learning_goes_on_where_it_was_killed(martlet, kill, arguments, out, tmp_path):
+    recipe = tmp_path / "learned.yaml"
+    recipe.write_text("martlet: 1\npasses:\n  - uniform: {steps: 150}\n")
+    learning = [recipe if argument == "none" else argument for argument in arguments] + ["--num-calib", 4]
+    kept = kill(out, "*.safetensors", *learning, folder="resume")
+    assert [file.suffix for file in kept.iterdir()] in ([".safetensors"], [".safetensors", ".partial"])
+    assert not out.exists()
+    done = martlet(*learning)
+    assert done.status in (0, 3), done.err
+    assert list(out.parent.iterdir()) == [out]
+    resumed = contents(out)["weights.safetensors"]
+    done = martlet(*learning, "--overwrite")
+    assert contents(out)["weights.safetensors"] == resumed

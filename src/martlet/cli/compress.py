@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Context, Option
 
 from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, Overwrite, Seed, Spec, Threads
-from martlet.cli.terminal import emit, note_skipped, show, working
+from martlet.cli.stop import Stopped
+from martlet.cli.terminal import emit, note, note_skipped, show, working
+from martlet.core.kept import Kept
 
 if TYPE_CHECKING:
     from martlet.core.report import Document
@@ -71,7 +73,12 @@ def compress(
             command=ctx.obj,
         )
 
-    return run(job, json)
+    try:
+        return run(job, json)
+    except Stopped:
+        if (kept := Kept.beside(out)).folder.exists():
+            note(f"what was learned is kept in {kept.folder}; the same command goes on from there")
+        raise
 
 
 def run(job: Callable[[Progress], Artifact], json: bool) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from martlet.core.errors import RecipeError, nearest
 from martlet.core.facts import Fact
+from martlet.core.kept import Kept
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ class Context:
     """What a technique may use besides the model: images, a seed, the engine's wishes, a place to report progress.
 
     precisions: those of PRECISIONS that the engine computes fast in on this machine; all, if no engine is meant.
+    kept: where work that takes long leaves what it has done, in case it is stopped; None keeps nothing.
     """
 
     images: Batches | None = None
@@ -92,6 +94,7 @@ class Context:
     int8: Int8Form = dataclasses.field(default_factory=Int8Form)
     precisions: tuple[str, ...] = PRECISIONS
     progress: Progress = silent
+    kept: Kept | None = None
 
     def calibration(self, technique: Technique) -> Batches:
         """The calibration images.

@@ -157,7 +157,9 @@ class LowBit(Technique):
     ) -> list[dict[str, float]]:
         """Learns block by block. Returns each block's error before and after."""
         objective, learning = OBJECTIVES[self.objective], Learning(steps=self.steps)
-        return reconstruct_(graph_module, original, images, objective, learning, context.seed, context.progress)
+        return reconstruct_(
+            graph_module, original, images, objective, learning, context.seed, context.progress, kept=context.kept
+        )
 
     def _allocate(
         self, graph_module: GraphModule, found: Sequence[Site], images: Tensor, context: Context

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from martlet.core.kept import Kept, digest
 from martlet.core.technique import Progress
 from martlet.functional.adaround import (
     annealed_beta,
@@ -60,25 +61,38 @@ def reconstruct_(
     seed: int,
     progress: Progress,
     weights: GraphModule | None = None,
+    kept: Kept | None = None,
 ) -> list[dict[str, float]]:
     """Learns all blocks in their order, each on the output of those before it. Returns its loss before and after.
 
     original: the same graph before it was rounded, with the same node names. weights: the same with the weights that
-    were rounded, where these aren't the original's. The loss before and after is relative to
-    the float output: mean squared error over mean square.
+    were rounded, where these aren't the original's. kept: where each block is saved when it is done. The loss before
+    and after is relative to the float output: mean squared error over mean square.
     """
     generator = torch.Generator().manual_seed(seed)
     nodes = {node.name: node for node in rounded.graph.nodes}
     pieces = blocks(original)
     last = pieces[-1].output
     exact = approximate = images
-    report = []
+    report: list[dict[str, float]] = []
+    key = ""
+    if kept is not None:
+        graphs = (original, rounded, *([weights] if weights is not None else []))
+        state = [images, *(tensor for graph in graphs for tensor in graph.state_dict().values())]
+        key = "reconstruct-" + digest([*state, repr(learning), objective.__name__, str(seed)])
+        if (found := kept.load(key)) is not None:
+            tensors, report = found
+            generator.set_state(tensors.pop("generator"))
+            rounded.load_state_dict(tensors)
     for i, piece in enumerate(pieces):
         progress("reconstruct", i, len(pieces))
         before = extract(original, piece.input, piece.output)
         now = extract(rounded, nodes[piece.input.name], nodes[piece.output.name])
         rest = None if piece.output is last else extract(original, piece.output, last)
         target = _run(before, exact)
+        if i < len(report):
+            exact, approximate = target, _run(now, approximate)
+            continue
         block = Block(rest, target, lambda now=now, x=approximate: _run(now, x), learning.steps)
         start = _relative(_run(now, approximate), target)
         learner = _Learner(now, weights or original, learning.freedom)
@@ -86,6 +100,8 @@ def reconstruct_(
             learner.learn_(exact, approximate, target, objective(block), learning, generator)
         exact, approximate = target, _run(now, approximate)
         report.append({"before": start, "after": _relative(approximate, target)})
+        if kept is not None:
+            kept.save(key, {**rounded.state_dict(), "generator": generator.get_state()}, report)
     progress("reconstruct", len(pieces), len(pieces))
     return report
 

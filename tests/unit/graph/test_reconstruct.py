@@ -8,6 +8,8 @@ from small_vits import MODELS, SIZE, error, logits, traced
 from torch import Tensor
 from torch.fx import GraphModule
 
+from martlet.core.errors import ArtifactError
+from martlet.core.kept import Kept
 from martlet.core.technique import silent
 from martlet.functional.packing import unpack
 from martlet.functional.table import tabulate
@@ -123,3 +125,57 @@ def test_a_float_graph_has_nothing_to_learn():
     report = reconstruct_(twin, original, IMAGES, mean_squared, FAST, 0, silent)
     assert all(r == {"before": 0.0, "after": 0.0} for r in report)
     assert torch.equal(logits(twin), logits(original))
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path) -> None:
+    """To the same bits, and without learning again what was done."""
+    original = traced("class token")
+    whole = rounded(original)
+    expected = reconstruct_(whole, original, IMAGES, mean_squared, FAST, 3, silent)
+    kept = Kept(tmp_path / "kept")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        reconstruct_(rounded(original), original, IMAGES, mean_squared, FAST, 3, stop, kept=kept)
+    assert len(list(kept.folder.iterdir())) == 1
+    asked: list[Block] = []
+
+    def mean_squared_again(block: Block):
+        asked.append(block)
+        return mean_squared(block)
+
+    mean_squared_again.__name__ = mean_squared.__name__
+    learned = rounded(original)
+    report = reconstruct_(learned, original, IMAGES, mean_squared_again, FAST, 3, silent, kept=kept)
+    assert report == expected
+    assert len(asked) == len(expected) - 2
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), learned.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("change", ["seed", "images", "learning"])
+def test_what_another_run_kept_is_not_taken(tmp_path, change: str) -> None:
+    original, kept = traced("class token"), Kept(tmp_path / "kept")
+    quick = Learning(steps=1)
+    reconstruct_(rounded(original), original, IMAGES, mean_squared, quick, 3, silent, kept=kept)
+    images = IMAGES + 1 if change == "images" else IMAGES
+    learning = Learning(steps=2) if change == "learning" else quick
+    reconstruct_(rounded(original), original, images, mean_squared, learning, 3 + (change == "seed"), silent, kept=kept)
+    assert len(list(kept.folder.iterdir())) == 2
+
+
+def test_damaged_work_is_one_clear_error(tmp_path) -> None:
+    original, kept = traced("class token"), Kept(tmp_path / "kept")
+    reconstruct_(rounded(original), original, IMAGES, mean_squared, Learning(steps=1), 3, silent, kept=kept)
+    [file] = kept.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"is damaged; delete .*kept to begin anew"):
+        reconstruct_(rounded(original), original, IMAGES, mean_squared, Learning(steps=1), 3, silent, kept=kept)

@@ -97,5 +97,5 @@ class ISViT(Reparameterized):
     ) -> list[dict[str, float]]:
         learning, objective = Learning(steps=self.steps, freedom="weights", float_rate=1e-3), OBJECTIVES[self.objective]
         return reconstruct_(
-            graph_module, original, images, objective, learning, context.seed, context.progress, weights
+            graph_module, original, images, objective, learning, context.seed, context.progress, weights, context.kept
         )
