@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
 QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
-LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet")
+LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet", "martlet-mixed")
 WEIGHTS_ONLY = ("rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 
 

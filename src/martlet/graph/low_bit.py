@@ -168,13 +168,13 @@ class LowBit(Technique):
         if self.allocation == "equal":
             return {}
 
-        def rounded(call: Call, weight_bits: int, activation_bits: int) -> Fitted:
+        def rounded(call: Call, bits: int) -> Fitted:
             def ask(varying: Call) -> Fitted:
                 grids = {
-                    p: percentile_quantizer(o, IMAGE_BITS if o.kind == "image" else activation_bits)
+                    p: percentile_quantizer(o, IMAGE_BITS if o.kind == "image" else bits)
                     for p, o in varying.operands.items()
                 }
-                return Fitted(grids, None if call.weight is None else percentile_weight(call, weight_bits))
+                return Fitted(grids, None if call.weight is None else percentile_weight(call, bits))
 
             return self._decide(call, ask)
 
