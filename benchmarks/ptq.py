@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
 QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
 LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet", "martlet-mixed")
-WEIGHTS_ONLY = ("rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
+OTHERS = ("int8-f32", "rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def run(
 
     from martlet.engine.base import cores
 
-    wanted = [f"{r}-{b}" for b in options.bits for r in options.recipes] + list(options.weights_only)
+    wanted = [f"{r}-{b}" for b in options.bits for r in options.recipes] + list(options.others)
     there = {e["recipe"] for e in known if e["model"] == name}
     todo = [recipe for recipe in wanted if recipe not in there]
     if not todo:
@@ -234,7 +234,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME")
     parser.add_argument("--recipes", nargs="*", default=[*QUICK, *LEARNED], metavar="NAME", help="without bits")
     parser.add_argument("--bits", nargs="*", default=list(BITS), metavar="wXaY")
-    parser.add_argument("--weights-only", nargs="*", default=list(WEIGHTS_ONLY), metavar="NAME")
+    parser.add_argument(
+        "--others", nargs="*", default=list(OTHERS), metavar="NAME", help="with whatever bits they have"
+    )
     parser.add_argument("--cifar", type=Path, default=Path("runs/cifar"), help="folder that benchmarks/cifar.py wrote")
     parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/ptq.json", help="results/ptq.json")

@@ -137,6 +137,7 @@ def few_bits(document: Mapping[str, Any]) -> str:
     for name, its in groupby(sorted(entries, key=lambda e: e["model"]), key=lambda e: e["model"]):
         group = list(its)
         split = {e["recipe"]: e["recipe"].rpartition("-") for e in group}
+        split |= {"int8-f32": ("int8", "-", "w8a8")} if "int8-f32" in split else {}
         widths = sorted({bits for _, _, bits in split.values()}, key=lambda bits: (bits.count("a"), bits), reverse=True)
         recipes = list(dict.fromkeys(head for head, _, _ in split.values()))
         best = {head: max(_top1(e) for e in group if split[e["recipe"]][0] == head) for head in recipes}

@@ -33,7 +33,8 @@ def allocate_exactly(layers: Sequence[Sequence[Choice]], budgets: Sequence[float
     constraints = [LinearConstraint(one_each, 1, 1)]
     for i, budget in enumerate(budgets):
         uses = np.array([[choice.uses[i] for choice in flat]])
-        constraints.append(LinearConstraint(uses / (budget or 1.0), -np.inf, 1.0 if budget else 0.0))
+        unit = uses.max() or 1.0  # numbers near 1 are what the solver's tolerances are made for
+        constraints.append(LinearConstraint(uses / unit, -np.inf, budget / unit))
     found = milp(costs / scale, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(flat)))
     if found.x is None:
         raise ValueError("no choice of settings fits the budgets")
@@ -44,6 +45,8 @@ def allocate_exactly(layers: Sequence[Sequence[Choice]], budgets: Sequence[float
 
 def allocate_greedily(layers: Sequence[Sequence[Choice]], budgets: Sequence[float]) -> list[int]:
     """From each layer's least cost, the step that costs least for what it saves of an exceeded budget, again and again.
+
+    A step uses no more of any budget, so that it ends.
 
     Source: Tai and Wu, MPTQ-ViT, 2024, arXiv 2401.14895, whose greedy search weighs accuracy against size; its
     equations weren't at hand.
@@ -62,8 +65,9 @@ def allocate_greedily(layers: Sequence[Sequence[Choice]], budgets: Sequence[floa
         for n, layer in enumerate(layers):
             now = layer[picked[n]]
             for i, choice in enumerate(layer):
-                saved = sum(max(0.0, now.uses[b] - choice.uses[b]) / (budgets[b] or 1.0) for b in over)
-                if saved > 0 and (price := (choice.cost - now.cost) / saved) < least:
+                saved = sum((now.uses[b] - choice.uses[b]) / (budgets[b] or 1.0) for b in over)
+                less = all(its <= before for its, before in zip(choice.uses, now.uses, strict=True))
+                if less and saved > 0 and (price := (choice.cost - now.cost) / saved) < least:
                     best, least = (n, i), price
         if best is None:
             raise ValueError("no choice of settings fits the budgets")

@@ -26,7 +26,7 @@ from martlet.functional.adaround import (
 from martlet.functional.packing import pack
 from martlet.graph.objectives import Block, Loss
 from martlet.graph.segments import blocks, extract
-from martlet.nn.quantizers import PackedWeightQuantizer, TableQuantizer
+from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
 
 BATCH = 8
 """Images in a step. On CPU cores a step's time grows with them."""
@@ -168,6 +168,24 @@ class _LearnedScale(nn.Module):
         self.quantizer.scale.mul_(self.factor.detach())
 
 
+class _Passing(nn.Module):
+    """A grid of 8 bits, which engines have kernels for, as it is, with a gradient as if it weren't there."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.quantizer(x)
+            within = ((y - x).abs() <= self.quantizer.scale).to(x.dtype)  # beyond the grid it is farther
+        passed = x * within
+        return passed + (y - passed).detach()
+
+    def finish_(self) -> None:
+        """It is as it was."""
+
+
 class _StraightThrough(torch.autograd.Function):
     """y = (table(x / s + o) - o) s, with dy/dx = 1 within the table and 0 outside, and dy/ds = (y - x dy/dx) / s."""
 
@@ -196,6 +214,7 @@ class _Learner:
         self.module = module
         self.weights: dict[str, _SoftWeight | _FreeWeight] = {}
         self.scales: dict[str, _LearnedScale] = {}
+        self.passing: dict[str, _Passing] = {}
         self.floats = list(module.parameters())
         kind = _SoftWeight if freedom == "rounding" else _FreeWeight
         for node in module.graph.nodes:
@@ -206,6 +225,8 @@ class _Learner:
             if isinstance(quantizer, PackedWeightQuantizer):
                 owner, _, leaf = name.removesuffix("_quantizer").rpartition(".")
                 self.weights[name] = kind(quantizer, getattr(weights.get_submodule(owner), leaf))
+            elif isinstance(quantizer, ActivationQuantizer):
+                self.passing[name] = _Passing(quantizer)
             elif isinstance(quantizer, TableQuantizer):
                 self.scales[name] = _LearnedScale(quantizer)
 
@@ -213,7 +234,7 @@ class _Learner:
         self, exact: Tensor, rounded: Tensor, target: Tensor, loss: Loss, learning: Learning, generator: torch.Generator
     ) -> None:
         """exact, rounded: the block's input (B, …) in the float model and behind rounded blocks. target: its output."""
-        learned = {**self.weights, **self.scales}
+        learned = {**self.weights, **self.scales, **self.passing}
         for name, layer in learned.items():
             self.module.set_submodule(name, layer)
         weights = torch.optim.Adam([w.v for w in self.weights.values()] or [torch.zeros(1)], learning.weight_rate)

@@ -75,6 +75,11 @@ def test_the_greedy_allocation_keeps_the_budgets_and_beats_the_same_everywhere()
     assert greedy < 0.9 * same
 
 
+def test_settings_that_trade_one_budget_for_another_do_not_go_in_circles() -> None:
+    its = [[Choice(1.0, (2.0, 3.0)), Choice(1.1, (3.0, 2.0)), Choice(5.0, (2.0, 2.0))]] * 3
+    assert allocate_greedily(its, [6.0, 6.0]) == allocate_exactly(its, [6.0, 6.0]) == [2, 2, 2]
+
+
 def test_enough_for_all_gives_each_its_best() -> None:
     its = layers(3)
     for allocate in (allocate_exactly, allocate_greedily):

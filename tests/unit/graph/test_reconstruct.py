@@ -17,9 +17,9 @@ from martlet.functional.twin import TwinGeluGrid
 from martlet.graph import rounding
 from martlet.graph.fit import fit
 from martlet.graph.objectives import Block, mean_squared
-from martlet.graph.reconstruct import Learning, _LearnedScale, reconstruct_
+from martlet.graph.reconstruct import Learning, _LearnedScale, _Passing, reconstruct_
 from martlet.graph.sites import sites
-from martlet.nn.quantizers import PackedWeightQuantizer, TableQuantizer
+from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
 from martlet.techniques.quantize.uniform import Uniform
 
 IMAGES = torch.randn(16, 3, *SIZE, generator=torch.Generator().manual_seed(3))
@@ -179,3 +179,13 @@ def test_damaged_work_is_one_clear_error(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ArtifactError, match=r"is damaged; delete .*kept to begin anew"):
         reconstruct_(rounded(original), original, IMAGES, mean_squared, Learning(steps=1), 3, silent, kept=kept)
+
+
+def test_grids_of_eight_bits_let_gradients_pass() -> None:
+    """Else only what comes after the last of them would learn."""
+    quantizer = ActivationQuantizer(torch.tensor(0.01), torch.tensor(100, dtype=torch.uint8))
+    x = torch.tensor([-1.5, -0.5, 0.003, 1.2, 3.0], requires_grad=True)
+    y = _Passing(quantizer)(x)
+    assert torch.equal(y, quantizer(x))
+    y.sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]

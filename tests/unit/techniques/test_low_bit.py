@@ -388,3 +388,13 @@ def test_a_branch_leaves_the_logits_as_they_were() -> None:
     branch = next(iter(ranks))
     original.module.get_submodule(f"low_rank.{branch}").up.zero_()
     assert error(exact, logits(original.module, x)) > 1e-2  # the comparison can fail
+
+
+def test_every_block_learns_under_activations_of_eight_bits() -> None:
+    torch.manual_seed(0)
+    wide = compress(model("class token"), "uniform", weight_bits=3, activation_bits=8, steps=8)
+    plain = compress(model("class token"), "uniform", weight_bits=3, activation_bits=8)
+    weights = {n: m for n, m in plain.module.named_modules() if isinstance(m, PackedWeightQuantizer)}
+    moved = {n: not torch.equal(m.codes, wide.module.get_submodule(n).codes) for n, m in weights.items()}
+    assert sum(moved.values()) > len(moved) / 2
+    compress(model("class token"), "adalog", weight_bits=8, activation_bits=8, steps=1)  # few scales, and no weight
