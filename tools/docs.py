@@ -128,7 +128,7 @@ def few_bits(document: Mapping[str, Any]) -> str:
         f"Top-1 in percent of {settings['test_images']} test images; {settings['calibration_images']} other images "
         f"calibrated, of which grids see 32. A difference of two or three points on so few images can be chance. "
         f"Seed {settings['seed']}. Seconds, of quantizing at the narrowest width in the row, are a rough guide: other "
-        f"work ran beside it on the {environment['cores']} cores of {environment['cpu']}.",
+        f"work ran beside it on {environment['cores']} core(s) of {environment['cpu']}.",
         "",
         "Rounded are weights and inputs of every Linear and convolution, q, k, v and softmax; first and last layer "
         "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "

@@ -97,10 +97,10 @@ class LowBit(Technique):
         graph_module.requires_grad_(False)
         batches = context.calibration(self)
         images = torch.cat(list(batches))
-        changed = self.prepare_(graph_module, images[:FIT_IMAGES], context)
+        few = images[:: max(1, len(images) // FIT_IMAGES)][:FIT_IMAGES]  # of all classes, if they come in order
+        changed = self.prepare_(graph_module, few, context)
         original = copy.deepcopy(graph_module) if self.steps else None
         found = [site for site in sites(graph_module) if self.rounds(site)]
-        few = images[:FIT_IMAGES]
         bits = self._allocate(graph_module, found, few, context)
         if bits:
             changed["bits"] = {site.name: list(bits[site.node]) for site in found if site.node in bits}
