@@ -46,12 +46,19 @@ MODELS = {
 }
 
 
+ALIKE = {"dopq_vit", "mptq_vit", "lrp_qvit", "qserve"}
+"""Methods that change LayerNorms or weights and leave all else to what the others use too."""
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NAMES]
 PAIRS = [
-    pytest.param(kind, name, marks=[] if name == "repq_vit" or kind == "class token" else [pytest.mark.slow])
+    pytest.param(
+        kind,
+        name,
+        marks=[] if name == "repq_vit" or (kind == "class token" and name not in ALIKE) else [pytest.mark.slow],
+    )
     for kind in MODELS
     for name in NAMES
 ]
-"""Every model with every method; all models with one of them, and one with all, in every run."""
+"""Every model with every method; all models with one of them, and one with most, in every run."""
 
 
 class Smooth:
@@ -177,7 +184,11 @@ def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(compressed, kind: str,
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*(("class token", name) for name in NAMES), ("registers and qk-norm", "uniform")]
+    ("kind", "name"),
+    [
+        *(pytest.param("class token", *each.values, marks=each.marks) for each in EACH),
+        ("registers and qk-norm", "uniform"),
+    ],
 )
 def test_engines_agree_with_torch(compressed, tmp_path, kind: str, name: str) -> None:
     done, x = compressed(kind, name), images()
@@ -192,7 +203,7 @@ def test_engines_agree_with_torch(compressed, tmp_path, kind: str, name: str) ->
         assert error(logits(model(kind).module, x), found) > 0.05  # the comparison can fail
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("field", ["weight_bits", "activation_bits"])
 @pytest.mark.parametrize("bits", [1, 9, 0, -4])
 def test_impossible_bits_are_one_clear_error(name: str, field: str, bits: int) -> None:
@@ -200,7 +211,7 @@ def test_impossible_bits_are_one_clear_error(name: str, field: str, bits: int) -
         registry.technique(name)(**{field: bits})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(2, 3), (8, 8)])
 def test_other_bits_are_as_asked(name: str, weight_bits: int, activation_bits: int) -> None:
     done = compress(model("class token"), name, weight_bits=weight_bits, activation_bits=activation_bits)
@@ -212,7 +223,7 @@ def test_other_bits_are_as_asked(name: str, weight_bits: int, activation_bits: i
     assert bool(torch.isfinite(logits(done.module, images())).all())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_error_falls_as_bits_rise(name: str) -> None:
     original, x = model("class token"), images(8)
     exact = logits(original.module, x)
@@ -223,7 +234,7 @@ def test_error_falls_as_bits_rise(name: str) -> None:
     assert errors[2] < 0.15
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_eight_bits_need_no_simulation_where_grids_are_even(name: str) -> None:
     """What is left to simulate with 8 bits is what has a table, a grid for each head, or noise; never a weight."""
     done = compress(model("class token"), name, weight_bits=8, activation_bits=8)
@@ -234,12 +245,12 @@ def test_eight_bits_need_no_simulation_where_grids_are_even(name: str) -> None:
         assert not tables
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_fewer_bits_are_simulated(compressed, name: str) -> None:
     assert all(engines.get(engine).simulates(compressed("class token", name)) for engine in ("openvino", "onnxruntime"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_an_activation_that_is_not_finite_is_one_clear_error(name: str) -> None:
     original = model("class token")
     with torch.no_grad():
@@ -249,7 +260,7 @@ def test_an_activation_that_is_not_finite_is_one_clear_error(name: str) -> None:
         compress(original, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_constant_activations_are_kept_exactly(name: str) -> None:
     """An MLP that is switched off gives zeros, and a softmax over one token ones."""
     original = wrap(vit(img_size=32, patch_size=32, class_token=False, global_pool="avg", depth=1))
@@ -266,7 +277,7 @@ def test_constant_activations_are_kept_exactly(name: str) -> None:
     assert bool(torch.isfinite(logits(done.module, images())).all())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_that_multiplies_nothing_is_refused(name: str) -> None:
     nothing = wrap(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     with pytest.raises(
@@ -275,7 +286,7 @@ def test_a_model_that_multiplies_nothing_is_refused(name: str) -> None:
         compress(nothing, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_results_are_reproducible(compressed, name: str) -> None:
     first, second = compressed("class token", name), compress(model("class token"), name)
     assert first.steps[0].record == second.steps[0].record
@@ -283,7 +294,7 @@ def test_results_are_reproducible(compressed, name: str) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_layer_norms_that_cannot_be_changed_are_counted(compressed, name: str) -> None:
     for kind, expected in (("class token", (2, 2)), ("no biases", (0, 2))):
         record = compressed(kind, name).steps[0].record

@@ -36,6 +36,7 @@ class ISViT(Reparameterized):
         activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
         steps: of learning weights, block by block, in each of the two stages that learn; 0 learns nothing.
         objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
+        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 choose grids, all are learned from.
