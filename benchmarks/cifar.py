@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from martlet.core.model import Model
+    from martlet.data.images import Images
 
 ASSETS = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
 CLASSES = 10
@@ -125,7 +126,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
     model = small.load("random", seed)
     module = model.module.to(memory_format=torch.channels_last)
     progress("read images", 0, 1)
-    images, labels = _read(assets / "data" / "cifar10" / "train.parquet", model)
+    images, labels = read(open_images(assets / "data" / "cifar10" / "train.parquet"), model)
     batch, count = 128, len(images)
     steps = count // batch
     torch.manual_seed(seed)
@@ -147,7 +148,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
             schedule.step()
             progress(f"train {name}, loss {loss.item():.2f}", epoch * steps + step + 1, small.epochs * steps)
     module.eval()
-    tested, truth = _read(assets / "data" / "cifar10" / "test.parquet", model)
+    tested, truth = read(open_images(assets / "data" / "cifar10" / "test.parquet"), model)
     with torch.inference_mode():
         right = sum(
             int((module(x).argmax(1) == y).sum()) for x, y in zip(tested.split(250), truth.split(250), strict=True)
@@ -173,15 +174,12 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
     return record
 
 
-def _read(file: Path, model: Model) -> tuple[Tensor, Tensor]:
-    """All images, normalized, (N, 3, S, S), and labels (N,)."""
+def read(images: Images, model: Model) -> tuple[Tensor, Tensor]:
+    """All images, as the model takes them, (N, 3, S, S), and labels (N,)."""
     import torch
 
-    images, labels = [], []
-    for sample in open_images(file):
-        images.append(model.preprocess(sample.image))
-        labels.append(sample.label)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    samples = [(model.preprocess(sample.image), sample.label) for sample in images]
+    return torch.from_numpy(np.stack([x for x, _ in samples])), torch.tensor([label for _, label in samples])
 
 
 def _augment(x: torch.Tensor) -> torch.Tensor:

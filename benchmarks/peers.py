@@ -37,6 +37,7 @@ from martlet.core.technique import Progress
 from martlet.engine.base import Session, cores, first_line
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from rich.table import Table
 
     from martlet.data.images import Images
@@ -305,8 +306,10 @@ def resources(assets: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def open_document(path: Path, settings: Settings) -> dict[str, Any]:
-    """The results so far, or an empty document.
+def open_document(
+    path: Path, settings: DataclassInstance, benchmark: str = "peers", results: str = "models"
+) -> dict[str, Any]:
+    """The results so far, or a document whose list of `results` is empty.
 
     Raises:
         ArtifactError: the file holds something else.
@@ -314,11 +317,11 @@ def open_document(path: Path, settings: Settings) -> dict[str, Any]:
     """
     fresh = {
         "martlet_results": VERSION,
-        "benchmark": "peers",
+        "benchmark": benchmark,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": report.environment(PACKAGES),
         "settings": asdict(settings),
-        "models": [],
+        results: [],
     }
     if not path.exists():
         return fresh

@@ -11,11 +11,10 @@ there is an accuracy and no speed. A method that fails is an entry that says why
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ import numpy as np
 import cifar
 import peers
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline, report
-from martlet.core.errors import MartletError, UsageError
+from martlet.core import pipeline
+from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
@@ -33,10 +32,9 @@ from martlet.data.calibration import Calibration
 from martlet.measure.fidelity import fidelity
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from martlet.core.model import Model
-    from martlet.data.images import Images
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
 QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = Settings()
     try:
-        document = open_document(options.out, settings)
+        document = peers.open_document(options.out, settings, "ptq", "entries")
         for name in options.models:
             for entry in run(name, options, settings, document["entries"]):
                 key = entry["model"], entry["recipe"]
@@ -101,29 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error))
         return error.exit_status
     return 0
-
-
-def open_document(path: Path, settings: Settings) -> dict[str, Any]:
-    """The results so far, or an empty document.
-
-    Raises:
-        UsageError: they are another benchmark's, or were measured with other settings or elsewhere.
-    """
-    fresh = {
-        "martlet_results": peers.VERSION,
-        "benchmark": "ptq",
-        "simulated": True,
-        "environment": report.environment(peers.PACKAGES),
-        "settings": asdict(settings),
-        "entries": [],
-    }
-    if not path.exists():
-        return fresh
-    document = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("martlet_results", "benchmark", "environment", "settings"):
-        if document.get(key) != fresh[key]:
-            raise UsageError(f"{path} has another {key} than this run ({document.get(key)}); give another --out")
-    return document
 
 
 def run(
@@ -144,7 +119,7 @@ def run(
     model = subject.load(options)
     pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))
     calibration = Calibration(pool, model.preprocess, n=settings.calibration_images, batch_size=16, seed=settings.seed)
-    x, labels = _read(test.sample(settings.test_images, settings.seed), model)
+    x, labels = cifar.read(test.sample(settings.test_images, settings.seed), model)
     exact = _logits(model.module, x, settings.batch)
     for recipe in todo:
         with working(f"{name} {recipe}") as progress:
@@ -155,7 +130,7 @@ def run(
                 "images": {"calibration": subject.calibration, "test": subject.test},
                 "calibration_n": calibration.num_images,
                 "n": len(labels),
-                "top1_float_pct": 100 * float((exact.argmax(1) == labels).mean()),
+                "top1_float_pct": 100 * float((exact.argmax(1) == labels.numpy()).mean()),
             }
             yield entry | measure(model, recipe, calibration, x, labels, exact, settings, progress)
 
@@ -164,8 +139,8 @@ def measure(
     model: Model,
     recipe: str,
     calibration: Calibration,
-    x: np.ndarray,
-    labels: np.ndarray,
+    x: Tensor,
+    labels: Tensor,
     exact: np.ndarray,
     settings: Settings,
     progress: Progress,
@@ -185,9 +160,10 @@ def measure(
         found = fidelity(exact, logits)
         assert isinstance(done.module, GraphModule)
         return {
-            "top1_pct": 100 * float((logits.argmax(1) == labels).mean()),
+            "top1_pct": 100 * float((logits.argmax(1) == labels.numpy()).mean()),
             "agreement_pct": found["top1_agreement_pct"],
             "sqnr_db": found["logit_sqnr_db"],
+            "simulated": True,
             "seconds": round(seconds, 1),
             "bits": bit_map(done.module, "f32"),
         }
@@ -207,21 +183,14 @@ def _recipe(name: str) -> Recipe:
 
 
 def _with(technique: Any, field: str, **changes: Any) -> Any:
-    from dataclasses import replace
-
     return replace(technique, **changes) if hasattr(technique, field) else technique
 
 
-def _read(images: Images, model: Model) -> tuple[np.ndarray, np.ndarray]:
-    samples = [(model.preprocess(sample.image), sample.label) for sample in images]
-    return np.stack([x for x, _ in samples]), np.array([label for _, label in samples])
-
-
-def _logits(module: nn.Module, x: np.ndarray, batch: int) -> np.ndarray:
+def _logits(module: nn.Module, x: Tensor, batch: int) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
-        return torch.cat([module(part) for part in torch.from_numpy(x).split(batch)]).numpy()
+        return torch.cat([module(part) for part in x.split(batch)]).numpy()
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,8 @@ import numpy as np
 import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, show, table, working
-from martlet.core import pipeline, registry, report
-from martlet.core.errors import MartletError, UsageError
+from martlet.core import pipeline, registry
+from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.engine.base import Session, cores
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(threads=cores(), seconds=options.seconds)
     os.environ[peers.SPIN] = settings.gomp_spincount  # read when torch is loaded
     try:
-        document = open_document(options.out, settings)
+        document = peers.open_document(options.out, settings, "tokens", "workloads")
         for workload in options.cases:
             if workload.name in {found["name"] for found in document["workloads"]} and not options.again:
                 note(f"{workload.name} is in {options.out} already; --again measures it anew")
@@ -109,28 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for record in document["workloads"]:
         show(f"{record['name']}, {record['weights']}", _table(record))
     return 0
-
-
-def open_document(path: Path, settings: Settings) -> dict[str, Any]:
-    """The results so far, or an empty document.
-
-    Raises:
-        UsageError: they are another benchmark's, or were measured with other settings or elsewhere.
-    """
-    fresh = {
-        "martlet_results": peers.VERSION,
-        "benchmark": "tokens",
-        "environment": report.environment(peers.PACKAGES),
-        "settings": asdict(settings),
-        "workloads": [],
-    }
-    if not path.exists():
-        return fresh
-    document = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("martlet_results", "benchmark", "environment", "settings"):
-        if document.get(key) != fresh[key]:
-            raise UsageError(f"{path} has another {key} than this run ({document.get(key)}); give another --out")
-    return document
 
 
 def run(workload: Workload, assets: Path, settings: Settings, progress: Progress) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class TestDeclaration:
         missing = [section for section in ("Needs:", "Cost:", "Paper:", "Differs:") if not has_section(lines, section)]
         assert not missing
         for field in dataclasses.fields(cls):
-            assert f"{field.name}: " in doc, f"the docstring leaves {field.name} out"
+            said = any(f"{field.name}: " in (base.__doc__ or "") for base in cls.__mro__)
+            assert said, f"neither the docstring nor that of a class it is made from says what {field.name} is"
 
     def test_summary_is_one_short_line(self, name):
         summary = registry.technique(name).summary

@@ -11,11 +11,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Progress
 from martlet.graph.rounding import Edge, Rounding, group
 from martlet.graph.sites import SOFTMAX, Site, aten, source
+from martlet.graph.trace import Walk
 from martlet.nn.quantizers import Quantizer
 
 TensorKind = Literal["image", "layer_norm", "softmax", "gelu", "query", "key", "value", "other"]
@@ -98,7 +99,7 @@ def tensor_kind(site: Site, position: int) -> TensorKind:
     return "gelu" if node.target is aten.gelu.default else "other"
 
 
-class _Walk(Interpreter):
+class _Walk(Walk):
     def __init__(
         self,
         graph_module: GraphModule,
@@ -108,7 +109,6 @@ class _Walk(Interpreter):
         progress: Progress,
     ) -> None:
         super().__init__(graph_module)
-        self.extra_traceback = False  # an error is one line
         self.sites = {site.node: site for site in found}
         self.decide, self.rounded, self.progress = decide, rounded, progress
         edges: dict[Edge, str] = {}

@@ -22,8 +22,8 @@ from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional.formats import IntegerGrid
 from martlet.functional.logarithmic import LogarithmicGrid
-from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids
-from martlet.functional.reparameterize import ChannelChange
+from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
+from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
 from martlet.functional.search import AffineGrid, best_grid, squared_error
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
@@ -56,9 +56,14 @@ class LowBit(Technique):
     Rounds the weight of every Linear and convolution, its input, and q, k, v and the softmax's output of every
     attention. LayerNorm, softmax, GELU and residual additions are computed in floating point.
 
-    steps: in which each block learns how its weights round and its activations scale, on all calibration images; 0
-        leaves everything as it was chosen. objective: what the block keeps small, one of OBJECTIVES.
-    allocation: `equal`, the same bits everywhere; `greedy` or `milp`, bits for each multiplication, as many on average.
+    Args:
+        weight_bits: of Linears and convolutions, from 2 to 8.
+        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
+        steps: in which each block learns how its weights round and its activations scale, on all calibration images
+            (AdaRound, LSQ, QDrop); 0 leaves everything as it was chosen.
+        objective: what a block keeps small: `mse`, `perturbation` (APHQ-ViT) or `fisher` (FIMA-Q).
+        allocation: `equal`, the same bits everywhere; `greedy` or `milp`, bits for each multiplication, as many on
+            average.
     """
 
     stage: ClassVar[Stage] = Stage.GRAPH
@@ -152,13 +157,22 @@ class LowBit(Technique):
             return record
         return {"blocks": self.learn_(graph_module, original, images, context), **record}
 
+    def learning(self) -> Learning:
+        """How a block learns."""
+        return Learning(steps=self.steps)
+
     def learn_(
-        self, graph_module: GraphModule, original: GraphModule, images: Tensor, context: Context
+        self,
+        graph_module: GraphModule,
+        original: GraphModule,
+        images: Tensor,
+        context: Context,
+        weights: GraphModule | None = None,
     ) -> list[dict[str, float]]:
-        """Learns block by block. Returns each block's error before and after."""
-        objective, learning = OBJECTIVES[self.objective], Learning(steps=self.steps)
+        """Learns block by block, as `reconstruct_` says. Returns each block's error before and after."""
+        objective, learning = OBJECTIVES[self.objective], self.learning()
         return reconstruct_(
-            graph_module, original, images, objective, learning, context.seed, context.progress, kept=context.kept
+            graph_module, original, images, objective, learning, context.seed, context.progress, weights, context.kept
         )
 
     def _allocate(
@@ -230,9 +244,9 @@ class Reparameterized(LowBit):
     def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
         return reparameterize_(graph_module, images, self.change)
 
-    @abstractmethod
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
-        """The change of a LayerNorm's output (R, C), which weights (O, C) read."""
+        """The change of a LayerNorm's output (R, C), which weights (O, C) read. RepQ-ViT's: to the mean grid."""
+        return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))
 
 
 class PercentileGrids(Reparameterized):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from martlet.graph.rounding import tensor
+from martlet.graph.rounding import NamedNodes, tensor
 from martlet.graph.sites import Site, aten, sites
 
 PREFIX = "low_rank."
@@ -50,9 +50,9 @@ def add_branches_(graph_module: GraphModule, ranks: Mapping[str, int]) -> None:
     """Adds branches of these ranks to Linears, by the names of their nodes, with values to be filled.
 
     Raises:
-        KeyError: the graph has no such node.
+        ArtifactError: the graph has no such node.
     """
-    nodes = {node.name: node for node in graph_module.graph.nodes}
+    nodes = NamedNodes(graph_module)
     for name, rank in ranks.items():
         node = nodes[name]
         outputs, inputs = tensor(graph_module, node.args[1]).shape

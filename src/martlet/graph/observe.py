@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Batches, Progress
+from martlet.graph.trace import Walk
 
 MICRO_BATCH = 4
 """Images whose activations are held at once for a backward pass."""
@@ -24,10 +25,9 @@ class OneBatch:
         yield self.images
 
 
-class _Observer(Interpreter):
+class _Observer(Walk):
     def __init__(self, graph_module: GraphModule, watch: Mapping[Node, Callable[..., None]], inputs: bool) -> None:
         super().__init__(graph_module)
-        self.extra_traceback = False  # an error is one line
         self.watch, self.inputs = watch, inputs
 
     def run_node(self, n: Node) -> object:

@@ -106,39 +106,49 @@ def reconstruct_(
     return report
 
 
-class _SoftWeight(nn.Module):
-    """A weight between two codes, each of its numbers by itself."""
+class _LearnedWeight(nn.Module):
+    """A weight's rows (O, I), and of each of its numbers the grid and what is learned."""
+
+    v: nn.Parameter
 
     def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.rows = quantizer.flatten(weight.detach())  # (O, I)
+        self.rows = quantizer.flatten(weight.detach())
         self.scale = quantizer.scale.repeat_interleave(quantizer.group_size, 1)
         half = torch.full_like(quantizer.scale, 2 ** (quantizer.bits - 1))
         zero = half if quantizer.zero_point is None else quantizer.zero_point.to(half.dtype)
         self.zero = zero.repeat_interleave(quantizer.group_size, 1)
+
+    def codes(self) -> Tensor:
+        """What is stored, (O, I)."""
+        raise NotImplementedError
+
+    def finish_(self) -> None:
+        self.quantizer.codes.copy_(pack(self.codes().to(torch.uint8), self.quantizer.bits))
+
+
+class _SoftWeight(_LearnedWeight):
+    """A weight between two codes, each of its numbers by itself."""
+
+    def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
+        super().__init__(quantizer, weight)
         self.v = nn.Parameter(initial_rounding(self.rows, self.scale))
+
+    def codes(self) -> Tensor:
+        return learned_codes(self.rows, self.v.detach(), self.scale, self.zero, self.quantizer.bits)
 
     def forward(self) -> Tensor:
         soft = soft_weight(self.rows, self.v, self.scale, self.zero, self.quantizer.bits)
         return self.quantizer.unflatten(soft)
 
-    def finish_(self) -> None:
-        codes = learned_codes(self.rows, self.v.detach(), self.scale, self.zero, self.quantizer.bits)
-        self.quantizer.codes.copy_(pack(codes, self.quantizer.bits))
 
-
-class _FreeWeight(nn.Module):
+class _FreeWeight(_LearnedWeight):
     """A weight that moves in steps of its grid, with a gradient as if it weren't rounded."""
 
     def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self.scale = quantizer.scale.repeat_interleave(quantizer.group_size, 1)
-        half = torch.full_like(quantizer.scale, 2 ** (quantizer.bits - 1))
-        zero = half if quantizer.zero_point is None else quantizer.zero_point.to(half.dtype)
-        self.zero = zero.repeat_interleave(quantizer.group_size, 1)
-        self.position = quantizer.flatten(weight.detach()) / self.scale
+        super().__init__(quantizer, weight)
+        self.position = self.rows / self.scale
         self.v = nn.Parameter(torch.zeros_like(self.position))
 
     def codes(self) -> Tensor:
@@ -147,9 +157,6 @@ class _FreeWeight(nn.Module):
     def forward(self) -> Tensor:
         rounded = self.codes() - self.zero
         return self.quantizer.unflatten((self.v + (rounded - self.v.detach())) * self.scale)
-
-    def finish_(self) -> None:
-        self.quantizer.codes.copy_(pack(self.codes().to(torch.uint8), self.quantizer.bits))
 
 
 class _LearnedScale(nn.Module):
@@ -212,7 +219,7 @@ class _Learner:
 
     def __init__(self, module: GraphModule, weights: GraphModule, freedom: str) -> None:
         self.module = module
-        self.weights: dict[str, _SoftWeight | _FreeWeight] = {}
+        self.weights: dict[str, _LearnedWeight] = {}
         self.scales: dict[str, _LearnedScale] = {}
         self.passing: dict[str, _Passing] = {}
         self.floats = list(module.parameters())

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
 from martlet.functional.reparameterize import ChannelChange
 from martlet.graph.rounding import tensor
 from martlet.graph.shifting import has_biases, norms_before_linears
 from martlet.graph.sites import module_path
+from martlet.graph.trace import Walk
 
 Change = Callable[[Tensor, Sequence[Tensor]], ChannelChange]
 """From a LayerNorm's output (R, C) and the weights (O, C) that read it."""
@@ -30,7 +31,7 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
     todo = [norm for norm in norms if has_biases(norm, *norm.users)]
     changes: dict[Node, ChannelChange] = {}
 
-    class Walk(Interpreter):
+    class Changes(Walk):
         def run_node(self, n: Node) -> object:
             value = super().run_node(n)
             if n in todo:
@@ -42,9 +43,7 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
 
     with torch.no_grad():
         if todo:
-            walk = Walk(graph_module)
-            walk.extra_traceback = False  # an error is one line
-            walk.run(images)
+            Changes(graph_module).run(images)
         for norm in todo:
             parameters = [tensor(graph_module, argument) for argument in norm.args[2:4]]
             for parameter, new in zip(parameters, changes[norm].into_norm(*parameters), strict=True):

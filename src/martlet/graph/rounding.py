@@ -129,6 +129,21 @@ def tensor(graph_module: GraphModule, node: object) -> Tensor:
     return getattr(graph_module.get_submodule(owner), leaf)
 
 
+class NamedNodes(dict[str, Node]):
+    """A graph's nodes by the names that a record has of them."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__((node.name, node) for node in graph_module.graph.nodes)
+
+    def __missing__(self, name: str) -> Node:
+        raise missing(name)
+
+
+def missing(what: str) -> ArtifactError:
+    """The error that a recorded graph and this one differ."""
+    return ArtifactError(f"the traced graph has no node {what!r}; it was recorded with other library versions")
+
+
 def insert_(
     graph_module: GraphModule,
     activations: Mapping[Rounding, Quantizer],
@@ -157,18 +172,13 @@ def restore_(graph_module: GraphModule, saved: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: the graph has no node of a recorded name.
     """
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    try:
-        for producer, consumers, grid, its in saved["activations"]:
-            rounding = Rounding(nodes[producer], tuple(nodes[c] for c in consumers), grid)
-            insert_activation_(graph_module, rounding, build(its))
-        for name, position, its in saved["weights"]:
-            parameter = nodes[name].args[position]
-            if not isinstance(parameter, Node) or parameter.op != "get_attr":
-                raise KeyError(f"{name} with a weight at {position}")
-            insert_weight_(graph_module, nodes[name], position, build(its))
-    except KeyError as error:
-        raise ArtifactError(
-            f"the traced graph has no node {error}; it was recorded with other library versions"
-        ) from error
+    nodes = NamedNodes(graph_module)
+    for producer, consumers, grid, its in saved["activations"]:
+        rounding = Rounding(nodes[producer], tuple(nodes[c] for c in consumers), grid)
+        insert_activation_(graph_module, rounding, build(its))
+    for name, position, its in saved["weights"]:
+        parameter = nodes[name].args[position]
+        if not isinstance(parameter, Node) or parameter.op != "get_attr":
+            raise missing(f"{name} with a weight at {position}")
+        insert_weight_(graph_module, nodes[name], position, build(its))
     clean_(graph_module)

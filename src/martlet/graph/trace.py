@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from martlet.core.errors import SourceError
@@ -48,11 +48,19 @@ def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
     return graph_module
 
 
+class Walk(Interpreter):
+    """Runs a graph node by node; an error in it is the one line that it is."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+
+
 def example_values(graph_module: GraphModule, size: tuple[int, int], batch: int = 1) -> dict[Node, torch.Size]:
     """The shape of every tensor of the graph at one batch size."""
     shapes: dict[Node, torch.Size] = {}
 
-    class Shapes(torch.fx.Interpreter):
+    class Shapes(Walk):
         def run_node(self, n: Node) -> object:
             value = super().run_node(n)
             if isinstance(value, torch.Tensor):

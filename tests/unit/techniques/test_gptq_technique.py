@@ -1,6 +1,7 @@
 """gptq on tiny models: what it rounds and on which inputs, what it stores, and what the engines make of that."""
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnx
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny import Smooth, wrap
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -17,7 +19,6 @@ from martlet.core.errors import ArtifactError, NumericsError, RecipeError, Usage
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
-from martlet.data.preprocess import Preprocess
 from martlet.engine.onnx import to_onnx
 from martlet.functional.formats import IntegerGrid
 from martlet.functional.gptq import gptq, input_hessian, output_error, round_to_nearest
@@ -39,31 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class Smooth:
-    """Images whose neighbouring pixels are alike, as those of photographs are."""
-
-    num_images = 32
-
-    def __init__(self, seed: int = 5) -> None:
-        self.seed = seed
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(2):
-            coarse = torch.randn(16, 3, 5, 5, generator=generator)
-            yield nn.functional.interpolate(coarse, SIZE, mode="bilinear") + 0.1 * torch.randn(
-                16, 3, *SIZE, generator=generator
-            )
-
-
-def wrap(vit: nn.Module) -> Model:
-    return Model(
-        module=vit.eval(),
-        num_classes=5,
-        name="tiny",
-        origin={"source": "test", "weights": "random"},
-        preprocess=Preprocess(size=SIZE, resize=None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    )
+SMOOTH = functools.partial(Smooth, batches=(16, 16), size=SIZE, coarse=5, noise=0.1)
 
 
 def model(**settings: Any) -> Model:
@@ -73,15 +50,15 @@ def model(**settings: Any) -> Model:
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return wrap(vit)
+    return wrap(vit, SIZE)
 
 
 def compress(original: Model, **settings: Any) -> Model:
-    return pipeline.run(original, Recipe((GPTQ(**settings),)), Context(images=Smooth()))
+    return pipeline.run(original, Recipe((GPTQ(**settings),)), Context(images=SMOOTH()))
 
 
 def images(n: int = 4, seed: int = 9) -> Tensor:
-    return next(iter(Smooth(seed)))[:n]
+    return next(iter(SMOOTH(seed)))[:n]
 
 
 def logits(module: nn.Module, x: Tensor) -> Tensor:
@@ -107,7 +84,7 @@ def inputs_of(graph_module: GraphModule) -> dict[str, Tensor]:
         return lambda value, x, *rest: rows.setdefault(name, []).append(x.flatten(0, -2))
 
     watch = {site.node: keep(site.name) for site in sites(graph_module) if site.kind == "linear"}
-    observe_calls(graph_module, Smooth(), watch, silent, "")
+    observe_calls(graph_module, SMOOTH(), watch, silent, "")
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
@@ -262,9 +239,9 @@ class Tied(nn.Module):
 
 
 def test_a_shared_weight_is_rounded_once() -> None:
-    compressed = compress(wrap(Tied()), damping=0.1)
+    compressed = compress(wrap(Tied(), SIZE), damping=0.1)
     assert len(quantizers(compressed)) == 2
-    rebuilt = wrap(Tied())
+    rebuilt = wrap(Tied(), SIZE)
     pipeline.restore_(rebuilt, compressed.steps)
     rebuilt.module.load_state_dict(compressed.module.state_dict())
     assert torch.equal(logits(rebuilt.module, images()), logits(compressed.module, images()))
@@ -308,7 +285,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_activations_stay_free_and_weights_do_not() -> None:
     with pytest.raises(RecipeError, match=r"int8 requires 'float_weights', which passes\[0\] gptq breaks"):
-        pipeline.run(model(), Recipe((GPTQ(), Int8())), Context(images=Smooth()))
+        pipeline.run(model(), Recipe((GPTQ(), Int8())), Context(images=SMOOTH()))
     assert "float_activations" in compress(model()).facts
 
 

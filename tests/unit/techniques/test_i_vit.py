@@ -1,12 +1,14 @@
 """i_vit: the graph is walked from the quantized image to the logits, and what it computes is close to the model."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny import Smooth, wrap
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -18,7 +20,6 @@ from martlet.core.technique import Context, silent
 from martlet.data import open_images
 from martlet.data.batches import batches
 from martlet.data.calibration import Calibration
-from martlet.data.preprocess import Preprocess
 from martlet.engine.openvino import OpenVINO
 from martlet.engine.torch import Torch
 from martlet.functional.integer import SIGMOID_SLOPE, shift_gelu
@@ -42,31 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 IN, OUT = torch.ops.martlet.quantize.default, torch.ops.martlet.dequantize.default
 
 
-class Smooth:
-    """Images whose neighbouring pixels are alike, as those of photographs are."""
-
-    num_images = 16
-
-    def __init__(self, seed: int = 5) -> None:
-        self.seed = seed
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(2):
-            coarse = torch.randn(8, 3, 5, 5, generator=generator)
-            yield nn.functional.interpolate(coarse, SIZE, mode="bilinear") + 0.1 * torch.randn(
-                8, 3, *SIZE, generator=generator
-            )
-
-
-def wrap(vit: nn.Module) -> Model:
-    return Model(
-        module=vit.eval(),
-        num_classes=5,
-        name="tiny",
-        origin={"source": "test", "weights": "random"},
-        preprocess=Preprocess(size=SIZE, resize=None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    )
+SMOOTH = functools.partial(Smooth, batches=(8, 8), size=SIZE, coarse=5, noise=0.1)
 
 
 def model(kind: str = "class token", seed: int = 0, **settings: Any) -> Model:
@@ -78,16 +55,16 @@ def model(kind: str = "class token", seed: int = 0, **settings: Any) -> Model:
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    return wrap(vit)
+    return wrap(vit, SIZE)
 
 
 def compress(original: Model) -> Model:
-    return pipeline.run(original, Recipe((IViT(),)), Context(images=Smooth()))
+    return pipeline.run(original, Recipe((IViT(),)), Context(images=SMOOTH()))
 
 
 def logits(module: nn.Module, n: int = 8, seed: int = 9) -> Tensor:
     with torch.no_grad():
-        return module(next(iter(Smooth(seed)))[:n])
+        return module(next(iter(SMOOTH(seed)))[:n])
 
 
 def error(reference: Tensor, other: Tensor) -> float:
@@ -184,19 +161,19 @@ def test_what_gelu_lacks_is_its_mean_error_in_each_channel() -> None:
     graph_module = trace(model().module, SIZE)
     [gelu] = [node for node in graph_module.graph.nodes if node.target is torch.ops.aten.gelu.default]
     scale, seen = 2.0**-11 / SIGMOID_SLOPE, []
-    observe_calls(graph_module, Smooth(), {gelu: lambda value, x: seen.append(x.flatten(0, -2))}, silent, "")
+    observe_calls(graph_module, SMOOTH(), {gelu: lambda value, x: seen.append(x.flatten(0, -2))}, silent, "")
     x = torch.cat(seen)
     codes = shift_gelu((x / scale).round().long(), 2**11, 16)
     expected = (nn.functional.gelu(x.double()) - codes.double() * scale / 2**15).mean(0)
     request = Request((gelu.args[0],), 16, 1 / SIGMOID_SLOPE)
-    found = module.gelu_lacks(graph_module, {request: scale}, Smooth(), Context())[gelu]
+    found = module.gelu_lacks(graph_module, {request: scale}, SMOOTH(), Context())[gelu]
     assert torch.allclose(found, expected, atol=1e-6)
     assert float(expected.abs().max()) > 1e-4
 
 
 def test_logits_of_an_image_do_not_depend_on_its_batch(pair: tuple[Model, Model]) -> None:
     together = logits(pair[1].module, 3)
-    images = next(iter(Smooth(9)))[:3]
+    images = next(iter(SMOOTH(9)))[:3]
     with torch.no_grad():
         assert torch.equal(together, torch.cat([pair[1].module(image[None]) for image in images]))
 
@@ -242,7 +219,7 @@ def test_the_bit_map_tells_every_kind_of_tensor(tiny: tuple[Model, Model]) -> No
 
 
 def test_layers_are_compared_by_name(tiny: tuple[Model, Model]) -> None:
-    found = {layer["name"]: layer["sqnr_db"] for layer in layers.layer_errors(*tiny, next(iter(Smooth())))}
+    found = {layer["name"]: layer["sqnr_db"] for layer in layers.layer_errors(*tiny, next(iter(SMOOTH())))}
     assert {"blocks.0.attn.qkv", "blocks.0.attn.scores", "blocks.0.mlp.fc2", "head"} <= found.keys()
     assert min(found.values()) > 15
 

@@ -1,51 +1,25 @@
 """What every method for few bits owes its users, asked of all of them on tiny models with odd features."""
 
-import functools
 import json
 import re
 
 import pytest
 import torch
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from tiny import MODELS, compress, error, images, logits, model, vit, wrap
+from torch import nn
 from torch.fx import GraphModule
 
 from martlet import engine as engines
-from martlet.core import pipeline, registry
+from martlet.core import registry
 from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe, shipped
-from martlet.core.technique import Context, Stage
-from martlet.data.preprocess import Preprocess
 from martlet.graph.bits import bit_map
 from martlet.graph.low_bit import LowBit
-from martlet.graph.low_rank import split_linears_
 from martlet.graph.sites import sites
-from martlet.graph.trace import example_values
-from martlet.measure.macs import macs_by_node
-from martlet.nn.quantizers import PackedWeightQuantizer, TableQuantizer, WeightQuantizer
+from martlet.nn.quantizers import TableQuantizer
 
 NAMES = tuple(name for name in registry.entries() if issubclass(registry.technique(name), LowBit))
-SIZE = (32, 32)
-
-
-def vit(**settings: object) -> nn.Module:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
-    return VisionTransformer(**(sizes | settings))  # type: ignore[arg-type]
-
-
-MODELS = {
-    "class token": vit,
-    "no class token, odd depth": lambda: vit(class_token=False, global_pool="avg", depth=3),
-    "registers and qk-norm": lambda: vit(reg_tokens=2, qk_norm=True),
-    "no biases": lambda: vit(qkv_bias=False, proj_bias=False),
-    "swin": lambda: SwinTransformer(
-        img_size=32, patch_size=4, embed_dim=24, depths=(2, 1), num_heads=(2, 3), window_size=4, num_classes=5
-    ),
-}
-
-
 ALIKE = {"dopq_vit", "mptq_vit", "lrp_qvit", "qserve"}
 """Methods that change LayerNorms or weights and leave all else to what the others use too."""
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NAMES]
@@ -61,54 +35,6 @@ PAIRS = [
 """Every model with every method; all models with one of them, and one with most, in every run."""
 
 
-class Smooth:
-    """Images whose neighbouring pixels are alike."""
-
-    num_images = 12
-
-    def __init__(self, seed: int = 5) -> None:
-        self.seed = seed
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        for n in (8, 4):
-            yield nn.functional.interpolate(torch.randn(n, 3, 6, 6, generator=generator), SIZE, mode="bilinear")
-
-
-@functools.cache
-def _traced(name: str) -> Model:
-    torch.manual_seed(0)
-    module = MODELS[name]()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    traced = wrap(module)
-    pipeline.enter_(traced, Stage.GRAPH)
-    return traced
-
-
-def model(name: str) -> Model:
-    """Traced, with every parameter random, so that no bias is 0 and no scale 1."""
-    return _traced(name).copy()
-
-
-def wrap(module: nn.Module) -> Model:
-    return Model(
-        module=module.eval(),
-        num_classes=5,
-        name="tiny",
-        origin={"source": "test", "weights": "random"},
-        preprocess=Preprocess(size=SIZE, resize=None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    )
-
-
-def compress(original: Model, name: str, **settings: object) -> Model:
-    cls = registry.technique(name)
-    few = {"steps": 2} if cls().steps else {}  # type: ignore[attr-defined]
-    technique = cls(**({"weight_bits": 4, "activation_bits": 4} | few | settings))
-    return pipeline.run(original, Recipe((technique,)), Context(images=Smooth(), seed=1))
-
-
 @pytest.fixture(scope="module")
 def compressed():
     """Of a model and a technique, four bits, each made once; no test may change it."""
@@ -120,20 +46,6 @@ def compressed():
         return kept[kind, name]
 
     return of
-
-
-def images(n: int = 3) -> Tensor:
-    return next(iter(Smooth(9)))[:n]
-
-
-def logits(module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = module(x)
-    return out[0] if isinstance(out, list | tuple) else out
-
-
-def error(reference: Tensor, other: Tensor) -> float:
-    return ((reference - other).norm() / reference.norm()).item()
 
 
 def widths(text: str, branches: int) -> set[str]:
@@ -310,102 +222,3 @@ def test_recipes_take_their_bits_from_the_name() -> None:
         assert (technique.weight_bits, technique.activation_bits) == (3, 5)
         with pytest.raises(RecipeError, match=re.escape("weight_bits is 9; it can be 2 to 8")):
             Recipe.load(f"{name}-w9a4")
-
-
-@pytest.mark.parametrize("allocation", ["greedy", "milp"])
-def test_allocated_bits_differ_and_keep_the_average(allocation: str) -> None:
-    original = model("no class token, odd depth")
-    done = compress(original, "uniform", allocation=allocation)
-    assert isinstance(done.module, GraphModule)
-    assert isinstance(original.module, GraphModule)
-    [step] = done.steps
-    chosen = step.record["bits"]
-    assert len({tuple(pair) for pair in chosen.values()}) > 1
-    weights = [m for m in done.module.modules() if isinstance(m, (PackedWeightQuantizer, WeightQuantizer))]
-    assert sum(m.bits * m.shape.numel() for m in weights) <= 4 * sum(m.shape.numel() for m in weights)
-    macs = macs_by_node(original.module, example_values(original.module, SIZE))
-    work = {site.name: (macs[site.node].macs, site.is_attention) for site in sites(original.module)}
-    used = sum(work[n][0] * a * (a if work[n][1] else w) for n, (w, a) in chosen.items())
-    assert used <= 16 * sum(work[n][0] for n in chosen)
-    for site in sites(done.module):
-        if site.weight is not None and site.name in chosen:
-            assert done.module.get_submodule(str(site.node.args[1].target)).bits == chosen[site.name][0]  # type: ignore[union-attr]
-    rebuilt = model("no class token, odd depth")
-    step.technique.restore_(rebuilt, json.loads(json.dumps(step.record)))
-    rebuilt.module.load_state_dict(done.module.state_dict())
-    assert torch.equal(logits(rebuilt.module, images()), logits(done.module, images()))
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"allocation": "best"}, "allocation is 'best'; it can be equal, greedy, milp"),
-        ({"objective": "mae"}, "objective is 'mae'; it can be mse, perturbation, fisher"),
-    ],
-)
-def test_unknown_settings_are_one_clear_error(settings: dict[str, str], text: str) -> None:
-    with pytest.raises(RecipeError, match=f"^uniform: {re.escape(text)}$"):
-        registry.technique("uniform")(**settings)
-
-
-@pytest.mark.parametrize("objective", ["perturbation", "fisher"])
-def test_learning_by_an_objective_lowers_the_error_of_the_logits(objective: str) -> None:
-    original, x = model("class token"), images(8)
-    exact = logits(original.module, x)
-    start = compress(original, "uniform", weight_bits=3)
-    learned = compress(original, "uniform", weight_bits=3, steps=40, objective=objective)
-    assert error(exact, logits(learned.module, x)) < error(exact, logits(start.module, x))
-
-
-def test_is_vit_learns_weights_under_rounded_activations_first(compressed) -> None:
-    """The weights that it rounds in the end aren't those that it was given; without learning they are."""
-    [step] = compressed("class token", "is_vit").steps
-    assert "blocks" not in step.record
-    learned = compress(model("class token"), "is_vit", steps=3)
-    [step] = learned.steps
-    assert len(step.record["activations"]) == len(step.record["blocks"]) == 3
-    assert isinstance(learned.module, GraphModule)
-    moved = 0
-    for name, module in learned.module.named_modules():
-        if isinstance(module, PackedWeightQuantizer):
-            twin = compressed("class token", "is_vit").module.get_submodule(name)
-            moved += int((twin() != module()).sum())
-    assert moved > 0
-
-
-def test_a_branch_of_full_rank_leaves_the_weights_nothing_to_lose() -> None:
-    """With it a Linear's output is as in floating point whatever the bits, and what is left of its weight is zero."""
-    original, x = model("class token"), images(8)
-    done = compress(original, "svdquant", rank=10**6, weight_bits=2)
-    for module in done.module.modules():
-        if isinstance(module, PackedWeightQuantizer) and len(module.shape) == 2:
-            assert float(module().abs().max()) < 1e-5
-    half, none = (compress(original, "svdquant", rank=rank, weight_bits=2, activation_bits=8) for rank in (8, 0))
-    full = compress(original, "svdquant", rank=10**6, weight_bits=2, activation_bits=8)
-    exact = logits(original.module, x)
-    errors = [error(exact, logits(m.module, x)) for m in (none, half, full)]
-    assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
-    assert none.steps[0].record["ranks"] == {}
-    assert set(half.steps[0].record["ranks"].values()) == {8, 5}  # the head has five classes
-
-
-def test_a_branch_leaves_the_logits_as_they_were() -> None:
-    original, x = model("registers and qk-norm"), images()
-    exact = logits(original.module, x)
-    assert isinstance(original.module, GraphModule)
-    ranks = split_linears_(original.module, 7)
-    assert set(ranks.values()) == {7, 5}
-    torch.testing.assert_close(logits(original.module, x), exact, rtol=1e-4, atol=1e-4)
-    branch = next(iter(ranks))
-    original.module.get_submodule(f"low_rank.{branch}").up.zero_()
-    assert error(exact, logits(original.module, x)) > 1e-2  # the comparison can fail
-
-
-def test_every_block_learns_under_activations_of_eight_bits() -> None:
-    torch.manual_seed(0)
-    wide = compress(model("class token"), "uniform", weight_bits=3, activation_bits=8, steps=8)
-    plain = compress(model("class token"), "uniform", weight_bits=3, activation_bits=8)
-    weights = {n: m for n, m in plain.module.named_modules() if isinstance(m, PackedWeightQuantizer)}
-    moved = {n: not torch.equal(m.codes, wide.module.get_submodule(n).codes) for n, m in weights.items()}
-    assert sum(moved.values()) > len(moved) / 2
-    compress(model("class token"), "adalog", weight_bits=8, activation_bits=8, steps=1)  # few scales, and no weight

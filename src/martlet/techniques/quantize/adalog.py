@@ -35,13 +35,6 @@ class AdaLog(Reparameterized):
     Everything is chosen by the error of the layer that reads it, from coarse to fine (FPCS). LayerNorm outputs are
     re-parameterized as in RepQ-ViT; q, k and v have a grid for each head. The arithmetic is simulated.
 
-    Args:
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
-
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
     Cost: two forward passes, and a few hundred roundings of each weight and of a sample of each activation.

@@ -20,13 +20,6 @@ class DopQViT(PercentileGrids):
     A few channels of a LayerNorm have scales far above the others', and move the mean, but not the median (MOSF). All
     else is as in RepQ-ViT: percentiles choose ranges, nothing is learned, and the arithmetic is simulated.
 
-    Args:
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
-
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
     Cost: two forward passes.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
@@ -19,6 +19,7 @@ from martlet.functional.formats import IntegerGrid
 from martlet.functional.gptq import gptq, input_hessian, round_to_nearest
 from martlet.graph import rounding
 from martlet.graph.sites import Site, aten, sites
+from martlet.graph.trace import Walk
 from martlet.nn.quantizers import PackedWeightQuantizer
 
 
@@ -137,7 +138,7 @@ class GPTQ(Technique):
         return size
 
 
-class Sequential(Interpreter):
+class Sequential(Walk):
     """Runs a graph once; each Linear's weight is rounded when its input is there, and what follows sees it rounded.
 
     quantizers: by the name of the weight.
@@ -150,7 +151,6 @@ class Sequential(Interpreter):
         quantize: Callable[[Site, Tensor, Tensor], PackedWeightQuantizer],
     ) -> None:
         super().__init__(graph_module)
-        self.extra_traceback = False  # an error is one line
         self.found, self.quantize = found, quantize
         self.quantizers: dict[str, PackedWeightQuantizer] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,13 +11,11 @@ from torch.fx import GraphModule
 
 from martlet.core.technique import Context
 from martlet.functional.logarithmic import search_shift
-from martlet.functional.percentile import WEIGHT_QUANTILES, percentile_affine, percentile_grids, percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.percentile import WEIGHT_QUANTILES, percentile_affine, percentile_grids
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fit, Fitted, Operand, fit
 from martlet.graph.low_bit import Reparameterized, affine, quantized_weight, tabulated
-from martlet.graph.objectives import OBJECTIVES
-from martlet.graph.reconstruct import Learning, reconstruct_
+from martlet.graph.reconstruct import Learning
 from martlet.graph.sites import sites
 from martlet.nn.quantizers import Quantizer
 
@@ -32,11 +29,7 @@ class ISViT(Reparameterized):
     rounded activations, weights get their grids, and blocks learn again with both. The arithmetic is simulated.
 
     Args:
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
         steps: of learning weights, block by block, in each of the two stages that learn; 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 choose grids, all are learned from.
@@ -54,10 +47,6 @@ class ISViT(Reparameterized):
     summary: ClassVar[str] = "few bits: softmax by a shifted logarithm, activations learned before weights"
     paper: ClassVar[str] = "Zhong et al., I&S-ViT, 2023, arXiv 2311.10126"
 
-    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
-        """From each channel's own grid to the mean one."""
-        return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))
-
     def activation(self, operand: Operand) -> Quantizer:
         bits = self.bits(operand.kind)
         if operand.kind == "softmax":
@@ -68,6 +57,9 @@ class ISViT(Reparameterized):
         grids = lambda rows: percentile_grids(rows, self.weight_bits, WEIGHT_QUANTILES)  # noqa: E731
         return quantized_weight(call, self.weight_bits, grids)
 
+    def learning(self) -> Learning:
+        return Learning(steps=self.steps, freedom="weights", float_rate=1e-3)
+
     def round_(
         self, graph_module: GraphModule, original: GraphModule | None, fitted: Fit, images: Tensor, context: Context
     ) -> dict[str, Any]:
@@ -75,7 +67,7 @@ class ISViT(Reparameterized):
         if original is None:
             return super().round_(graph_module, original, fitted, images, context)
         activations = rounding.insert_(graph_module, fitted.activations, [])
-        first = self._learn_(graph_module, original, None, images, context)
+        first = self.learn_(graph_module, original, images, context)
         learned = copy.deepcopy(graph_module)
         bits = {node: quantizer.bits for node, _, quantizer in fitted.weights}
 
@@ -85,18 +77,5 @@ class ISViT(Reparameterized):
 
         again = fit(graph_module, list(sites(graph_module)), images[:1], decide, False, context.progress)
         record = rounding.insert_(graph_module, {}, again.weights)
-        second = self._learn_(graph_module, original, learned, images, context)
+        second = self.learn_(graph_module, original, images, context, learned)
         return {"activations": first, "blocks": second, "rounding": activations | {"weights": record["weights"]}}
-
-    def _learn_(
-        self,
-        graph_module: GraphModule,
-        original: GraphModule,
-        weights: GraphModule | None,
-        images: Tensor,
-        context: Context,
-    ) -> list[dict[str, float]]:
-        learning, objective = Learning(steps=self.steps, freedom="weights", float_rate=1e-3), OBJECTIVES[self.objective]
-        return reconstruct_(
-            graph_module, original, images, objective, learning, context.seed, context.progress, weights, context.kept
-        )

@@ -26,11 +26,6 @@ class LRPQViT(PercentileGrids):
 
     Args:
         clip: False leaves the channels' ranges as they are, to compare.
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.

@@ -38,13 +38,6 @@ class PTQ4ViT(LowBit):
     All steps are chosen by the error of the output of the product they are for, weighted by the squared gradient of
     the logits; q, k and v have one for each head. The arithmetic is simulated. Made for 6 and 8 bits.
 
-    Args:
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
-
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
     Cost: two forward and one backward pass, and some hundred roundings of each weight and of a sample of each tensor.

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from martlet.functional.percentile import percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
 from martlet.graph.low_bit import PercentileGrids
 
 
@@ -19,13 +14,6 @@ class RepQViT(PercentileGrids):
 
     Channel-wise grids become one grid by a change of the LayerNorm and of the weights that read it; a log√2 grid is
     read as log2 with two scales. Percentiles choose ranges. Nothing is learned. The arithmetic is simulated.
-
-    Args:
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
@@ -41,7 +29,3 @@ class RepQViT(PercentileGrids):
     name: ClassVar[str] = "repq_vit"
     summary: ClassVar[str] = "few bits: scales of LayerNorm and softmax outputs re-parameterized"
     paper: ClassVar[str] = "Li et al., RepQ-ViT, 2023, arXiv 2212.08254"
-
-    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
-        """From each channel's own grid to the mean one."""
-        return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from martlet.core.errors import ArtifactError, RecipeError
+from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.functional.reparameterize import ChannelChange
@@ -35,11 +35,6 @@ class SVDQuant(Reparameterized):
 
     Args:
         rank: of the branch; 0 has none.
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
@@ -71,12 +66,7 @@ class SVDQuant(Reparameterized):
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
-        try:
-            add_branches_(model.module, record["ranks"])
-        except KeyError as error:
-            raise ArtifactError(
-                f"the traced graph has no node {error}; it was recorded with other library versions"
-            ) from error
+        add_branches_(model.module, record["ranks"])
         super().restore_(model, record)
 
     def rounds(self, site: Site) -> bool:

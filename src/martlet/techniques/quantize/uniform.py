@@ -28,11 +28,6 @@ class Uniform(LowBit):
     Args:
         ranges: `minmax`, all values seen; `percentile`, of three shares of them the one with the least squared error;
             `mse`, the scale and zero point with the least squared error, searched from coarse to fine.
-        weight_bits: of Linears and convolutions, from 2 to 8.
-        activation_bits: of their inputs, and of q, k, v and softmax, from 2 to 8; an image keeps 8.
-        steps: of learning rounding and scales, block by block (AdaRound, LSQ, QDrop); 0 learns nothing.
-        objective: what a block keeps small: mse, perturbation (APHQ-ViT) or fisher (FIMA-Q).
-        allocation: equal bits everywhere, or greedy or milp, bits by layer with the same average.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
