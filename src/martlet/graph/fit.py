@@ -5,19 +5,24 @@ What is held in memory is what the graph holds: a tensor is gone once nothing ne
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from martlet.core.kept import Kept
 from martlet.core.technique import Progress
 from martlet.graph.rounding import Edge, Rounding, group
 from martlet.graph.sites import SOFTMAX, Site, aten, source
 from martlet.graph.trace import Walk
-from martlet.nn.quantizers import Quantizer
+from martlet.nn.quantizers import Quantizer, build, structure
+
+SAVE_SECONDS = 20.0
+"""How much of choosing grids may be lost when a run is stopped."""
 
 TensorKind = Literal["image", "layer_norm", "softmax", "gelu", "query", "key", "value", "other"]
 """What an activation is, by which methods choose its grid. `other`: an attention's output, or what a ReLU gives."""
@@ -79,6 +84,43 @@ def fit(
     with torch.no_grad():
         walk.run(images)
     return Fit(walk.activations, walk.weights)
+
+
+def remembered(decide: Callable[[Call], Fitted], kept: Kept, key: str) -> Callable[[Call], Fitted]:
+    """`decide` for a run that may be stopped: it saves what was decided every SAVE_SECONDS, and asks for the rest only.
+
+    key: of all that a decision depends on. The calls come in the same order each time.
+    """
+    tensors, found = kept.load(key) or ({}, [])
+    saved, calls = time.monotonic(), 0
+
+    def ask(call: Call) -> Fitted:
+        nonlocal saved, calls
+        calls += 1
+        if calls <= len(found):
+            return _restored(tensors, found[calls - 1], calls - 1)
+        fitted = decide(call)
+        quantizers = {str(position): quantizer for position, quantizer in fitted.operands.items()}
+        quantizers |= {} if fitted.weight is None else {"weight": fitted.weight}
+        found.append({place: structure(quantizer) for place, quantizer in quantizers.items()})
+        for place, quantizer in quantizers.items():
+            tensors.update({f"{calls - 1}.{place}.{name}": t for name, t in quantizer.state_dict().items()})
+        if time.monotonic() - saved > SAVE_SECONDS:
+            kept.save(key, tensors, found)
+            saved = time.monotonic()
+        return fitted
+
+    return ask
+
+
+def _restored(tensors: Mapping[str, Tensor], structures: Mapping[str, Any], number: int) -> Fitted:
+    quantizers: dict[str, Quantizer] = {}
+    for place, its in structures.items():
+        quantizers[place], prefix = build(its), f"{number}.{place}."
+        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        quantizers[place].load_state_dict(state)
+    weight = quantizers.pop("weight", None)
+    return Fitted({int(position): quantizer for position, quantizer in quantizers.items()}, weight)
 
 
 def tensor_kind(site: Site, position: int) -> TensorKind:

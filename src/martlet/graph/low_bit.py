@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
+from martlet.core.kept import digest
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional.formats import IntegerGrid
@@ -28,7 +29,7 @@ from martlet.functional.search import AffineGrid, best_grid, squared_error
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
 from martlet.graph.allocation import ALLOCATIONS, allocate_bits
-from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit
+from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit, remembered
 from martlet.graph.objectives import OBJECTIVES
 from martlet.graph.reconstruct import Learning, reconstruct_
 from martlet.graph.reparameterize import reparameterize_
@@ -110,6 +111,9 @@ class LowBit(Technique):
         if bits:
             changed["bits"] = {site.name: list(bits[site.node]) for site in found if site.node in bits}
         decide = self._decide_by_bits(graph_module, bits, few, context)
+        if context.kept is not None:
+            key = digest([few, *graph_module.state_dict().values(), repr(self), repr(changed), str(context.seed)])
+            decide = remembered(decide, context.kept, f"grids-{key}")
         fitted = fit(graph_module, found, few, decide, self.rounded_inputs, context.progress)
         counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
         rounded = self.round_(graph_module, original, fitted, images, context)

@@ -6,9 +6,10 @@ from small_vits import MODELS, Noise, traced
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from martlet.core.kept import Kept
 from martlet.core.technique import silent
 from martlet.functional.search import AffineGrid
-from martlet.graph.fit import Call, Fitted, fit, tensor_kind
+from martlet.graph.fit import Call, Fitted, fit, remembered, tensor_kind
 from martlet.graph.low_bit import affine
 from martlet.graph.rounding import insert_
 from martlet.graph.sites import sites
@@ -142,3 +143,35 @@ def test_what_is_not_decided_stays_as_it_is() -> None:
     nothing = lambda call: Fitted({})  # noqa: E731
     fitted = fit(graph_module, list(sites(graph_module)), images(), nothing, True, silent)
     assert (fitted.activations, fitted.weights) == ({}, [])
+
+
+def test_decisions_of_a_stopped_run_are_not_taken_again(tmp_path, monkeypatch) -> None:
+    """Asked for what is left alone, and all comes out as in one run; another key begins anew."""
+    monkeypatch.setattr("martlet.graph.fit.SAVE_SECONDS", 0.0)
+    graph_module, kept = traced("class token"), Kept(tmp_path / "kept")
+    found = list(sites(graph_module))
+    whole = fit(graph_module, found, images(), Recorder(), True, silent)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(call: Call) -> Fitted:
+        if call.site is found[3]:
+            raise StoppedError
+        return Recorder()(call)
+
+    with pytest.raises(StoppedError):
+        fit(graph_module, found, images(), remembered(stop, kept, "one"), True, silent)
+    rest = Recorder()
+    again = fit(graph_module, found, images(), remembered(rest, kept, "one"), True, silent)
+    assert [call.site for call in rest.calls] == found[3:]
+    for a, b in zip(
+        [*whole.activations.values(), *(q for _, _, q in whole.weights)],
+        [*again.activations.values(), *(q for _, _, q in again.weights)],
+        strict=True,
+    ):
+        assert a.structure() == b.structure()
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    other = Recorder()
+    fit(graph_module, found, images(), remembered(other, kept, "another"), True, silent)
+    assert [call.site for call in other.calls] == found
