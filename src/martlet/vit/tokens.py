@@ -1,354 +1,39 @@
-"""Fewer tokens from a block on: the one mechanism under every technique that reduces them.
+"""What all techniques share that reduce tokens: the schedule, its checks, and how it is applied and restored.
 
-`install_` makes the first block that reduces run all blocks from there to the last, and these pass on what they get. So
-what travels between blocks besides x, the sizes of tokens, is a local variable and no state of the model. The modules
-stay where they were, with their names and parameters, and so does the view.
+The names of the mechanism can be had from here.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
-from martlet.core.errors import NumericsError, RecipeError, SourceError
+from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.fusion import Fusion
-from martlet.functional.tokens import Reduction, merge, unmerge
-from martlet.vit.view import AttentionView, BlockView, LinearView, Part, VitView, view
-
-MAX_RELATIVE_ERROR = 1e-3
-"""Of the logits, in the Euclidean norm, when blocks are run from their parts. Rounding gives under 1e-5."""
-
-
-class Patches(NamedTuple):
-    """Which tokens are patches.
-
-    first: the number of the first; before it come class, distillation and register tokens, which are never reduced.
-    grid: patches (down, across) while they stand in row order; None after a reduction.
-    """
-
-    first: int
-    number: int
-    grid: tuple[int, int] | None
-
-    @property
-    def tokens(self) -> range:
-        return range(self.first, self.first + self.number)
-
-
-class Tokens(NamedTuple):
-    """What a reduction may look at: the tokens of a block after its attention was added.
-
-    x: (B, N, C). before: (B, N, C), without the attention. query, key, value: (B, N, H D), as the projections give
-    them, before any norm of heads.
-    log_size: (B, N), how many patches each token stands for; None while each stands for itself.
-    """
-
-    block: BlockView
-    x: Tensor
-    before: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    log_size: Tensor | None
-    patches: Patches
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, N, H D) -> (B, N, H, D)."""
-        return x.unflatten(-1, (self.block.attention.num_heads, self.block.attention.head_dim))
-
-    def class_scores(self) -> Tensor:
-        """What the class token's query scores with each token's key (B, N, H), sizes included: its log attention, but
-        for a constant.
-
-        Computed anew, from one query, so that the block's own attention stays a whole that engines have a kernel for.
-        """
-        attention = self.block.attention
-        query = _through(attention.query_norm, self.heads(self.query[:, :1]))  # (B, 1, H, D)
-        key = _through(attention.key_norm, self.heads(self.key))  # (B, N, H, D)
-        scores = (query * key).sum(-1) * attention.scale  # (B, N, H)
-        return scores if self.log_size is None else scores + self.log_size[..., None]
-
-    def class_attention(self) -> Tensor:
-        """Mean over heads of how much the class token attends to each token, (B, N)."""
-        return self.class_scores().softmax(1).mean(-1)
-
-    def class_log_attention(self) -> Tensor:
-        """Mean over heads of its logarithm (B, N), but for a constant."""
-        attention = self.block.attention
-        if attention.query_norm is not None or attention.key_norm is not None:
-            return self.class_scores().mean(-1)
-        scores = (self.query[:, :1] * self.key).sum(-1) * (attention.scale / attention.num_heads)  # all heads at once
-        return scores if self.log_size is None else scores + self.log_size
-
-
-class Decision(NamedTuple):
-    """What a technique decides: the reduction, and the weights (B, N) of its means.
-
-    weights: None weighs tokens by size, as a `proportional` run needs it, whose sizes these sums are.
-    """
-
-    reduction: Reduction
-    weights: Tensor | None = None
-
-
-Decide = Callable[[Tokens], Decision]
-Fuse = Callable[[Tensor, Tensor, Tensor, Patches], Fusion]
-"""From the tokens (B, N, C) before a block, how much all look at each (B, N), sizes (B, N), and the patches."""
-
-
-@dataclass(frozen=True, eq=False)
-class TokenRun:
-    """Runs blocks one after the other, from tokens (B, N, C) to tokens.
-
-    decide: by position in `blocks`, what happens between a block's attention and its MLP.
-    proportional: add the log of each token's size to the scores of the blocks that follow (Bolya et al., Token Merging,
-        2023, arXiv 2210.09461, equation 1), so that a merged token weighs as much as those it stands for.
-    num_read: the last block computes only so many leading tokens, the others being read by nobody; None for all, which
-        are then given back in their original number: each takes the value of its group.
-    ahead: by position, what fuses tokens before a block, by that block's attention of all of them.
-    Dropout inside attention isn't run; the model is for inference. What else a block is called with isn't used: Hugging
-    Face gives masks that mask nothing, and one that did would be found by `run_from_parts_`.
-    """
-
-    blocks: tuple[BlockView, ...]
-    patches: Patches
-    decide: Mapping[int, Decide] = field(default_factory=dict)
-    proportional: bool = True
-    num_read: int | None = None
-    ahead: Mapping[int, Fuse] = field(default_factory=dict)
-
-    def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
-        size = log_size = None
-        patches, done = self.patches, list[Callable[[Tensor], Tensor]]()
-        for i, block in enumerate(self.blocks):
-            queries = self.num_read if i == len(self.blocks) - 1 else None
-            before = x
-            if i in self.ahead:
-                fuse = functools.partial(_fuse, block, x, size, self.ahead[i], patches)
-                fused: _Fused = block.attention.module(_before(block, x), log_size, ahead=fuse)
-                x = fused.x + _residual(block, fused.attended, first=True)
-                patches = Patches(patches.first, x.shape[1] - patches.first, None)
-                size, log_size = fused.size, fused.size.log()
-                done.append(fused.fusion.spread)
-                x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
-                continue
-            attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
-            x = x[:, :queries] if queries else x
-            x = x + _residual(block, attended, first=True)
-            if i in self.decide:
-                reduction, weights = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
-                x, total = merge(x, reduction, size if weights is None else weights)
-                patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
-                if self.proportional:
-                    size, log_size = total, total.log()
-                done.append(functools.partial(unmerge, reduction=reduction))
-            x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
-        if not self.num_read:
-            for restore in reversed(done):
-                x = restore(x)
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class _Attend:
-    """A block's attention, with sizes of tokens in its scores and for some leading queries only."""
-
-    attention: AttentionView
-
-    def __call__(
-        self,
-        x: Tensor,
-        log_size: Tensor | None = None,
-        queries: int | None = None,
-        *,
-        ahead: Callable[[Tensor], _Fused] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | _Fused:
-        """From x (B, N, C) to its attention (B, queries or N, C), and query, key and value (B, N, H D).
-
-        ahead: fuses tokens by their attention (B, H, N, N); then what is fused is returned, its attention included.
-        """
-        attention, heads = self.attention, self._heads
-        if ahead is not None:
-            query, key = (_rows_of(each, x) for each in (attention.query, attention.key))
-            scores = _through(attention.query_norm, heads(query)) @ _through(attention.key_norm, heads(key)).mT
-            scores = scores * attention.scale
-            return ahead((scores if log_size is None else scores + log_size[:, None, None]).softmax(-1))
-        query, key, value = _project(attention, x)
-        out = functional.scaled_dot_product_attention(
-            _through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
-            _through(attention.key_norm, heads(key)),
-            heads(value),
-            attn_mask=None if log_size is None else log_size[:, None, None],
-            scale=attention.scale,
-        )
-        return self.projected(out.transpose(1, 2).flatten(2)), query, key, value  # (B, N, H D)
-
-    def value(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, H D)."""
-        return _rows_of(self.attention.value, x)
-
-    def weighed(self, weights: Tensor, value: Tensor) -> Tensor:
-        """The mean under attention weights (B, H, N, N) of values (B, N, H D)."""
-        return (weights @ self._heads(value)).transpose(1, 2).flatten(2)  # (B, N, H D)
-
-    def projected(self, x: Tensor) -> Tensor:
-        return _linear(self.attention.proj, _through(self.attention.norm, x))
-
-    def _heads(self, y: Tensor) -> Tensor:
-        """(B, N, H D) -> (B, H, N, D)."""
-        return y.unflatten(-1, (self.attention.num_heads, self.attention.head_dim)).transpose(1, 2)
-
-
-class _Fused(NamedTuple):
-    """Fused tokens (B, M, C), their attention (B, M, C), and their sizes (B, M)."""
-
-    x: Tensor
-    attended: Tensor
-    size: Tensor
-    fusion: Fusion
-
-
-def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches: Patches, weights: Tensor) -> _Fused:
-    """Fuses tokens (B, N, C) before their values are computed, and the attention weights (B, H, N, N) with them.
-
-    Columns of what is fused are added up, and rows averaged, as the tokens are: by how much they are looked at, times
-    size. That is to spread the fused values, and to average what comes out.
-    Source: Lee et al., Multi-criteria Token Fusion, 2024, arXiv 2403.10030, section 3.3.
-    """
-    attend = _Attend(block.attention)
-    seen = weights.mean((1, 2))  # (B, N)
-    size = torch.ones_like(seen) if size is None else size
-    fusion = fuse(x, seen, size, patches)
-    share = (seen * size)[..., None]  # (B, N, 1)
-    total = fusion.total(share)  # (B, M, 1)
-    fused = fusion.total(x * share) / total
-    out = attend.weighed(weights, fusion.spread(attend.value(_before(block, fused))))
-    out = fusion.total(out * share) / total
-    return _Fused(fused, attend.projected(out), fusion.total(size[..., None])[..., 0], fusion)
-
-
-def _pass(x: Tensor, *others: object, **more: object) -> Tensor:
-    """The forward of a block that an earlier one has run."""
-    return x
-
-
-def install_(run: TokenRun) -> None:
-    """Makes the first block of the run do the work of all. What was installed before is replaced."""
-    first, *others = run.blocks
-    first.module.forward = run
-    for block in others:
-        block.module.forward = _pass
-    for block in run.blocks:
-        block.attention.module.forward = _Attend(block.attention)
-
-
-class Taken:
-    """A copy of a model, taken apart so that its blocks can be run from any of them on, in many ways."""
-
-    def __init__(self, model: Model) -> None:
-        twin = model.copy()
-        self.module, self.vit = twin.module, view(twin.module)
-        self.found = reading(twin, self.vit)
-        self.patches = patches_of(self.vit, self.found.num_tokens)
-        install_(TokenRun(self.vit.blocks, self.patches))
-        self._first = self.vit.blocks[0].module
-
-    def before(self, images: Tensor) -> list[Tensor]:
-        """The tokens (B, N, C) that each block of the untouched model gets, and those that the last gives."""
-        found: list[Tensor] = []
-
-        def run(x: Tensor, *others: object, **more: object) -> Tensor:
-            found.append(x)
-            for block in self.vit.blocks:
-                found.append(TokenRun((block,), self.patches)(found[-1]))
-            return found[-1]
-
-        self._first.forward = run
-        self.module(images)
-        return found
-
-    def logits(self, images: Tensor, y: Tensor) -> Tensor:
-        """What the model makes of the tokens (B, M, C) that its last block gave for the images."""
-        self._first.forward = lambda *_, **__: y
-        return self.module(images)
-
-
-class Reading(NamedTuple):
-    """How many tokens the blocks get, and how many leading ones of the last block's are read; None if more are."""
-
-    num_tokens: int
-    num_read: int | None
-
-
-def reading(model: Model, vit: VitView) -> Reading:
-    """Found by running the model: a token is read if NaN in its place makes the logits NaN."""
-    last, seen, num_read = vit.blocks[-1], [0], None
-
-    def poison(y: object, num_read: int | None) -> Tensor:
-        if not isinstance(y, Tensor) or y.ndim != 3:
-            raise SourceError(f"{type(last.module).__name__} at {last.name} doesn't give tokens (B, N, C)")
-        seen.append(y.shape[1])
-        return y if num_read is None else y.index_fill(1, torch.arange(num_read, y.shape[1]), float("nan"))
-
-    for num_read in (*range(1, vit.tokens.num_prefix + 1), None):
-        handle = last.module.register_forward_hook(lambda _, __, y, num_read=num_read: poison(y, num_read))
-        try:
-            if not _logits(model).isnan().any():
-                break
-        finally:
-            handle.remove()
-    return Reading(seen[-1], num_read)
-
-
-def patches_of(vit: VitView, num_tokens: int) -> Patches:
-    """The patches among so many tokens; they have places if none is missing."""
-    first = vit.tokens.num_prefix
-    return Patches(first, num_tokens - first, vit.tokens.grid if vit.tokens.num_tokens == num_tokens else None)
-
-
-def check_global(vit: VitView, technique: str) -> None:
-    """Raises:
-    SourceError: attention is inside windows.
-    """
-    for block in vit.blocks:
-        if block.attention.window is not None:
-            raise SourceError(
-                f"{technique}: attention at {block.name} is inside windows, which need all their tokens; it takes "
-                "models whose attention is global, such as ViT, DeiT and DINOv2"
-            )
-
-
-def run_from_parts_(model: Model, vit: VitView, first: int, technique: str) -> None:
-    """Runs the blocks from `first` on by their parts in the view, for a technique to change how.
-
-    Raises:
-        NumericsError: that gives other logits than the blocks themselves.
-    """
-    before = _logits(model)
-    install_(TokenRun(vit.blocks[first:], Patches(0, 0, None)))
-    error = (_logits(model) - before).norm() / before.norm()
-    if not error <= MAX_RELATIVE_ERROR:  # NaN too
-        raise NumericsError(
-            f"{technique}: from {vit.blocks[first].name} on, {model.name} computes something that the parts of its "
-            f"blocks don't (the logits differ by {float(error):.1%}); leave {technique} out of the recipe"
-        )
-
-
-def _logits(model: Model) -> Tensor:
-    """Of one image of noise."""
-    images = torch.randn(1, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.module.eval()(images)
+from martlet.vit.reading import Reading, Taken, check_global, patches_of, reading, run_from_parts_
+from martlet.vit.token_run import Decide, Decision, Fuse, Patches, TokenRun, Tokens, install_
+from martlet.vit.view import VitView, view
+
+__all__ = [
+    "Decide",
+    "Decision",
+    "Fuse",
+    "Patches",
+    "Reading",
+    "Taken",
+    "TokenReduction",
+    "TokenRun",
+    "Tokens",
+    "check_global",
+    "install_",
+    "patches_of",
+    "reading",
+    "run_from_parts_",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,46 +155,3 @@ def _schedule(name: str, r: Any) -> Any:
 
 def _is_count(n: object) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 0
-
-
-def _before(block: BlockView, x: Tensor, first: bool = True) -> Tensor:
-    norm = block.norm1 if first else block.norm2
-    return x if block.post_norm else norm.module(x)
-
-
-def _residual(block: BlockView, y: Tensor, first: bool) -> Tensor:
-    """What is added to x of what attention (first) or the MLP gave."""
-    norm = block.norm1 if first else block.norm2
-    y = norm.module(y) if block.post_norm else y
-    y = _through(block.layer_scale1 if first else block.layer_scale2, y)
-    return _through(block.drop_path1 if first else block.drop_path2, y)
-
-
-def _through(part: Part | None, x: Tensor) -> Tensor:
-    return x if part is None else part.module(x)
-
-
-def _project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, (B, N, H D) each, from one Linear or three."""
-    maps = (attention.query, attention.key, attention.value)
-    if not attention.is_fused:
-        query, key, value = (_linear(each, x) for each in maps)
-        return query, key, value
-    order = sorted(range(3), key=lambda i: maps[i].rows.start)
-    parts = _linear(maps[0], x).split([maps[i].rows.stop - maps[i].rows.start for i in order], -1)
-    query, key, value = (parts[order.index(i)] for i in range(3))
-    return query, key, value
-
-
-def _rows_of(map_: LinearView, x: Tensor) -> Tensor:
-    """The map's own rows alone, in floating point whatever comes: a product that quantizers of Linears leave alone."""
-    weight = map_.weight.mT.expand(x.shape[0], -1, -1)  # (B, C, O)
-    out = torch.baddbmm(x.new_zeros(1, 1, 1), x, weight)
-    return out if map_.bias is None else out + map_.bias
-
-
-def _linear(map_: LinearView, x: Tensor) -> Tensor:
-    """All rows of the Linear that a map is part of."""
-    if isinstance(map_.module, nn.Linear):
-        return map_.module(x)
-    return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
