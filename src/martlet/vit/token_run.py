@@ -8,7 +8,7 @@ stay where they were, with their names and parameters, and so does the view.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from martlet.functional.fusion import Fusion
-from martlet.functional.tokens import Reduction, merge, unmerge
+from martlet.functional.tokens import Reduction, cosine_similarity, merge, pick, unmerge
 from martlet.vit.view import AttentionView, BlockView, LinearView, Part
 
 
@@ -35,6 +35,16 @@ class Patches(NamedTuple):
     @property
     def tokens(self) -> range:
         return range(self.first, self.first + self.number)
+
+    def squares(self) -> list[int]:
+        """One patch in each square of four; every fourth token, where patches have no places any more.
+
+        Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023, arXiv 2303.17604, section 4.
+        """
+        if self.grid is None:
+            return [*self.tokens[::4]]
+        width = self.grid[1]
+        return [self.first + i for i in range(self.number) if i // width % 2 == 0 and i % width % 2 == 0]
 
 
 class Tokens(NamedTuple):
@@ -57,6 +67,14 @@ class Tokens(NamedTuple):
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, H D) -> (B, N, H, D)."""
         return x.unflatten(-1, (self.block.attention.num_heads, self.block.attention.head_dim))
+
+    def likeness(self, first: Sequence[int], second: Sequence[int]) -> Tensor:
+        """The cosine (B, P, Q) of the attention keys, averaged over heads, of tokens of the first list and the second.
+
+        Source: Bolya et al., Token Merging, 2023, arXiv 2210.09461, section 3.
+        """
+        keys = functools.reduce(torch.add, self.key.split(self.block.attention.head_dim, -1))  # (B, N, D)
+        return cosine_similarity(pick(keys, first), pick(keys, second))
 
     def class_scores(self) -> Tensor:
         """What the class token's query scores with each token's key (B, N, H), sizes included: its log attention, but

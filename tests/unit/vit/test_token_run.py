@@ -20,6 +20,7 @@ from martlet.techniques.tokens.evit import EViT
 from martlet.techniques.tokens.readout import Readout
 from martlet.techniques.tokens.tome import ToMe
 from martlet.techniques.tokens.tps import TPS
+from martlet.techniques.tokens.turbo import Turbo
 from martlet.vit import view
 from martlet.vit.tokens import TokenReduction
 
@@ -102,7 +103,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("technique", [ToMe(r=0), ToMe(r={2: 0}), ToMe(r={}), TPS(r=0)])
+@pytest.mark.parametrize("technique", [ToMe(r=0), ToMe(r={2: 0}), ToMe(r={}), TPS(r=0), Turbo(r=0, alpha=0.0)])
 def test_nothing_removed_is_the_untouched_model_to_the_bit(name: str, technique: TokenReduction) -> None:
     model = build(name)
     assert torch.equal(logits(apply(model, technique)), logits(model))
@@ -206,6 +207,8 @@ def test_names_parameters_and_view_stay() -> None:
         ("no class token", EViT(r={2: 3}), r"evit asks at blocks\.2 what the class token attends to, and .* has none"),
         ("no class token", ToMe(informativeness=0.3), r"tome asks at blocks\.2 .* informativeness 0 need none"),
         ("class token", TPS(r={1: 10}), r"10 tokens at blocks\.1, where 15 patches are left; at most 9 of them can go"),
+        ("class token", Turbo(r={1: 10}), r"turbo: r removes 10 tokens at blocks\.1, where 15 patches .* at most 9 of"),
+        ("no class token", Turbo(), r"turbo asks at blocks\.2 what the class token attends to, and .* has none"),
         ("no class token", TPS(), r"tps asks at blocks\.2 what the class token attends to, and .* has none"),
         ("hf vit", ToMe(r={1: 13}), r"13 tokens at model\.vit\.\S*1, where 25 patches are left; at most 12"),
     ],
@@ -225,6 +228,12 @@ def test_a_schedule_is_tokens_or_tokens_by_block(r: object) -> None:
         ToMe(r=r)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
+def test_a_weight_is_a_number_of_at_least_0(alpha: float) -> None:
+    with pytest.raises(RecipeError, match=r"turbo: alpha is .*; it can be 0 or a positive number"):
+        Turbo(alpha=alpha)
+
+
 def test_a_schedule_survives_yaml_and_json() -> None:
     recipe = Recipe((ToMe(r={8: 32, 4: 64}),))
     assert recipe.passes[0].settings() == {"r": {4: 64, 8: 32}}
@@ -233,7 +242,7 @@ def test_a_schedule_survives_yaml_and_json() -> None:
     assert hash(recipe.passes[0]) == hash(ToMe(r={4: 64, 8: 32}))
 
 
-@pytest.mark.parametrize("technique", [ToMe(), TPS(), EViT(), Readout()])
+@pytest.mark.parametrize("technique", [ToMe(), TPS(), EViT(), Turbo(), Readout()])
 def test_models_without_global_attention_are_refused(technique: TokenReduction | Readout) -> None:
     swin = timm.models.swin_transformer.SwinTransformer(  # type: ignore[attr-defined]
         img_size=(32, 16), patch_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=4, num_classes=5

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar
 
-import torch
-
 from martlet.core.errors import RecipeError
-from martlet.functional.tokens import bipartite_soft_matching, cosine_similarity, pick
+from martlet.functional.tokens import bipartite_soft_matching, pick
 from martlet.vit.tokens import Decide, Decision, Patches, TokenReduction, Tokens
 
 PARTITIONS = ("alternating", "2x2")
@@ -75,9 +72,7 @@ class ToMe(TokenReduction):
     def decide(self, r: int) -> Decide:
         def decide(tokens: Tokens) -> Decision:
             destinations, sources = self._parts(tokens.patches)
-            by_head = tokens.key.split(tokens.block.attention.head_dim, -1)
-            keys = reduce(torch.add, by_head)  # (B, N, D); their mean has the same cosines
-            scores = cosine_similarity(pick(keys, destinations), pick(keys, sources))  # (B, D, S)
+            scores = tokens.likeness(destinations, sources)  # (B, D, S)
             handicap = None
             if self.informativeness:
                 handicap = self.informativeness * pick(tokens.class_log_attention(), sources)  # (B, S)
@@ -90,9 +85,6 @@ class ToMe(TokenReduction):
         """Destinations and sources among the tokens."""
         if self.partition == "alternating":
             chosen = [token for token in patches.tokens if token % 2 == 1]
-        elif patches.grid is None:
-            chosen = [*patches.tokens[::4]]
         else:
-            width = patches.grid[1]
-            chosen = [patches.first + i for i in range(patches.number) if i // width % 2 == 0 and i % width % 2 == 0]
+            chosen = patches.squares()
         return chosen, sorted({*patches.tokens} - {*chosen})

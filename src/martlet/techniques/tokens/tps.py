@@ -9,9 +9,6 @@ from martlet.core.errors import RecipeError
 from martlet.functional.tokens import squeeze
 from martlet.vit.tokens import Decide, Decision, Patches, TokenReduction, Tokens
 
-EVERY = 4
-"""Later, when patches have no places any more, every fourth token is an anchor."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TPS(TokenReduction):
@@ -62,18 +59,11 @@ class TPS(TokenReduction):
         return {5 * depth // 12: min(patches.number // 2, self.most(patches))}
 
     def most(self, patches: Patches) -> int:
-        return max(patches.number - max(len(self._anchors(patches)), 1), 0)
+        return max(patches.number - max(len(patches.squares()), 1), 0)
 
     def decide(self, r: int) -> Decide:
         def decide(tokens: Tokens) -> Decision:
             bonus = self.informativeness * tokens.class_log_attention() if self.informativeness else None
-            return Decision(squeeze(tokens.before, r, tokens.patches.first, self._anchors(tokens.patches), bonus))
+            return Decision(squeeze(tokens.before, r, tokens.patches.first, tokens.patches.squares(), bonus))
 
         return decide
-
-    def _anchors(self, patches: Patches) -> list[int]:
-        """The patches that stay whatever they show."""
-        if patches.grid is None:
-            return [*patches.tokens[::EVERY]]
-        width = patches.grid[1]
-        return [patches.first + i for i in range(patches.number) if i // width % 2 == 0 and i % width % 2 == 0]
