@@ -18,6 +18,7 @@ from martlet.vit.view import (
     linear,
     need,
     part,
+    position_bias,
 )
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
@@ -105,7 +106,7 @@ def _swin_block(at: Part, stage: int, grid: tuple[int, int]) -> BlockView:
             Window(
                 size=tuple(bias.window_size),
                 shift=(0, 0) if covers else (block.shift_size, block.shift_size),
-                position_bias=lambda: bias().squeeze(0),  # (H, N, N)
+                position_bias=position_bias(bias),
             ),
         ),
         mlp=_mlp(need(at, "mlp")),

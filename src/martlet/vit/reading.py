@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -67,7 +69,7 @@ def reading(model: Model, vit: VitView) -> Reading:
     for num_read in (*range(1, vit.tokens.num_prefix + 1), None):
         handle = last.module.register_forward_hook(lambda _, __, y, num_read=num_read: poison(y, num_read))
         try:
-            if not _logits(model).isnan().any():
+            if not logits_of_noise(model).isnan().any():
                 break
         finally:
             handle.remove()
@@ -98,17 +100,30 @@ def run_from_parts_(model: Model, vit: VitView, first: int, technique: str) -> N
     Raises:
         NumericsError: that gives other logits than the blocks themselves.
     """
-    before = _logits(model)
-    install_(TokenRun(vit.blocks[first:], Patches(0, 0, None)))
-    error = (_logits(model) - before).norm() / before.norm()
+    with same_logits(model, vit.blocks[first].name, technique):
+        install_(TokenRun(vit.blocks[first:], Patches(0, 0, None)))
+
+
+@contextmanager
+def same_logits(model: Model, block: str, technique: str) -> Iterator[None]:
+    """Asks that the model gives the same after what is done inside, which is to run blocks by their parts.
+
+    block: where that begins.
+
+    Raises:
+        NumericsError: it doesn't.
+    """
+    before = logits_of_noise(model)
+    yield
+    error = (logits_of_noise(model) - before).norm() / before.norm()
     if not error <= MAX_RELATIVE_ERROR:  # NaN too
         raise NumericsError(
-            f"{technique}: from {vit.blocks[first].name} on, {model.name} computes something that the parts of its "
-            f"blocks don't (the logits differ by {float(error):.1%}); leave {technique} out of the recipe"
+            f"{technique}: from {block} on, {model.name} computes something that the parts of its blocks don't (the "
+            f"logits differ by {float(error):.1%}); leave {technique} out of the recipe"
         )
 
 
-def _logits(model: Model) -> Tensor:
+def logits_of_noise(model: Model) -> Tensor:
     """Of one image of noise."""
     images = torch.randn(1, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

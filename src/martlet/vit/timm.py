@@ -22,6 +22,7 @@ from martlet.vit.view import (
     linear,
     need,
     part,
+    position_bias,
     refuse,
     thirds,
 )
@@ -140,7 +141,8 @@ def _swin_block(at: Part, stage: int) -> BlockView:
             window=Window(
                 size=(block.window_size[0], block.window_size[1]),
                 shift=(block.shift_size[0], block.shift_size[1]),
-                position_bias=lambda: window._get_rel_pos_bias().squeeze(0),  # (H, N, N)
+                position_bias=position_bias(window._get_rel_pos_bias),
+                shifts_first=True,
             ),
         ),
         mlp=_mlp(need(at, "mlp")),

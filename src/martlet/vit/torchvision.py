@@ -20,6 +20,7 @@ from martlet.vit.view import (
     linear,
     need,
     part,
+    position_bias,
     refuse,
     thirds,
 )
@@ -123,7 +124,7 @@ def _swin_block(at: Part, stage: int) -> BlockView:
             window=Window(
                 size=(attention.window_size[0], attention.window_size[1]),
                 shift=(attention.shift_size[0], attention.shift_size[1]),
-                position_bias=lambda: attention.get_relative_position_bias().squeeze(0),  # (H, N, N)
+                position_bias=position_bias(attention.get_relative_position_bias),
             ),
         ),
         mlp=_mlp(need(at, "mlp")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -71,11 +72,13 @@ class Window:
     """Attention inside windows (h, w), cyclically shifted by (dy, dx) tokens towards the origin; (0, 0) is unshifted.
 
     position_bias: computes what is added to the scores, (H, N, N) for the N = h w tokens of a window in row order.
+    shifts_first: a grid that windows don't fill is shifted before it is padded, and not after.
     """
 
     size: tuple[int, int]
     shift: tuple[int, int]
     position_bias: Callable[[], Tensor]
+    shifts_first: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +220,15 @@ def _outermost(module: nn.Module, name: str = "") -> list[tuple[Part, tuple[str,
     return [
         found for child_name, child in module.named_children() for found in _outermost(child, join(name, child_name))
     ]
+
+
+def position_bias(give: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """(H, N, N) of what gives (1, H, N, N). A copy of it is the copied model's own, as a closure's wouldn't be."""
+    return partial(_only, give)
+
+
+def _only(give: Callable[[], Tensor]) -> Tensor:
+    return give().squeeze(0)
 
 
 def join(*names: str) -> str:

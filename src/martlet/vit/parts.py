@@ -1,0 +1,55 @@
+"""Blocks run part by part: what norms, attention, scales and Linears of a view do to tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from martlet.vit.view import AttentionView, BlockView, LinearView, Part
+
+
+def before(block: BlockView, x: Tensor, first: bool = True) -> Tensor:
+    """What attention (first) or the MLP gets of x."""
+    norm = block.norm1 if first else block.norm2
+    return x if block.post_norm else norm.module(x)
+
+
+def residual(block: BlockView, y: Tensor, first: bool) -> Tensor:
+    """What is added to x of what attention (first) or the MLP gave."""
+    norm = block.norm1 if first else block.norm2
+    y = norm.module(y) if block.post_norm else y
+    y = through(block.layer_scale1 if first else block.layer_scale2, y)
+    return through(block.drop_path1 if first else block.drop_path2, y)
+
+
+def mlp(block: BlockView, x: Tensor) -> Tensor:
+    """x with what the block's MLP adds to it."""
+    return x + residual(block, block.mlp.module(before(block, x, first=False)), first=False)
+
+
+def through(part: Part | None, x: Tensor) -> Tensor:
+    return x if part is None else part.module(x)
+
+
+def project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, (B, N, H D) each, from one Linear or three."""
+    maps = (attention.query, attention.key, attention.value)
+    if not attention.is_fused:
+        query, key, value = (linear(each, x) for each in maps)
+        return query, key, value
+    order = sorted(range(3), key=lambda i: maps[i].rows.start)
+    parts = linear(maps[0], x).split([maps[i].rows.stop - maps[i].rows.start for i in order], -1)
+    query, key, value = (parts[order.index(i)] for i in range(3))
+    return query, key, value
+
+
+def linear(map_: LinearView, x: Tensor) -> Tensor:
+    """All rows of the Linear that a map is part of."""
+    if isinstance(map_.module, nn.Linear):
+        return map_.module(x)
+    return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
+
+
+def heads(attention: AttentionView, y: Tensor) -> Tensor:
+    """(B, N, H D) -> (B, H, N, D)."""
+    return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
