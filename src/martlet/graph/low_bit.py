@@ -28,7 +28,7 @@ from martlet.functional.reparameterize import ChannelChange, reparameterize_scal
 from martlet.functional.search import AffineGrid, best_grid, squared_error
 from martlet.functional.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
-from martlet.graph.allocation import ALLOCATIONS, allocate_bits
+from martlet.graph.allocation import ALLOCATIONS, BUDGETS, allocate_bits
 from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit, remembered
 from martlet.graph.objectives import OBJECTIVES
 from martlet.graph.reconstruct import Learning, reconstruct_
@@ -63,8 +63,10 @@ class LowBit(Technique):
         steps: in which each block learns how its weights round and its activations scale, on all calibration images
             (AdaRound, LSQ, QDrop); 0 leaves everything as it was chosen.
         objective: what a block keeps small: `mse`, `perturbation` (APHQ-ViT) or `fisher` (FIMA-Q).
-        allocation: `equal`, the same bits everywhere; `greedy` or `milp`, bits for each multiplication, as many on
-            average.
+        allocation: `equal`, the same bits everywhere; else bits for each multiplication, judged by the squared error of
+            the logits to first order (`greedy`, or `milp`, exactly) or by LRP-QViT's `relevance`, exactly.
+        budget: what allocated bits may not use more of than equal bits: `size`, the bits of all weights, activations
+            keeping theirs; `bitops`, MACs times the bits of both operands; `average`, neither.
     """
 
     stage: ClassVar[Stage] = Stage.GRAPH
@@ -79,13 +81,13 @@ class LowBit(Technique):
     steps: int = 0
     objective: str = "mse"
     allocation: str = "equal"
+    budget: str = "average"
 
     def __post_init__(self) -> None:
-        if self.allocation not in ("equal", *ALLOCATIONS):
-            known = ", ".join(("equal", *ALLOCATIONS))
-            raise RecipeError(f"{self.name}: allocation is {self.allocation!r}; it can be {known}")
-        if self.objective not in OBJECTIVES:
-            raise RecipeError(f"{self.name}: objective is {self.objective!r}; it can be {', '.join(OBJECTIVES)}")
+        choices = {"objective": OBJECTIVES, "allocation": ("equal", *ALLOCATIONS), "budget": BUDGETS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"{self.name}: {name} is {getattr(self, name)!r}; it can be {', '.join(known)}")
         if self.steps < 0:
             raise RecipeError(f"{self.name}: steps is {self.steps}; it can be 0, to learn nothing, or more")
         for name in ("weight_bits", "activation_bits"):
@@ -203,6 +205,7 @@ class LowBit(Technique):
             self.weight_bits,
             self.activation_bits,
             self.allocation,
+            self.budget,
             rounded,
             context.seed,
             context.progress,

@@ -44,7 +44,7 @@ def test_allocated_bits_differ_and_keep_the_average(allocation: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"allocation": "best"}, "allocation is 'best'; it can be equal, greedy, milp"),
+        ({"allocation": "best"}, "allocation is 'best'; it can be equal, greedy, milp, relevance"),
         ({"objective": "mae"}, "objective is 'mae'; it can be mse, perturbation, fisher"),
     ],
 )

@@ -21,8 +21,9 @@ class LRPQViT(PercentileGrids):
     """Quantize a vision transformer to few bits, the outliers among a LayerNorm's channels clipped.
 
     Channel-wise grids become one grid by a change of the LayerNorm and of the weights that read it, as in RepQ-ViT; but
-    the ranges of channels far from the others' end where most do, so that the weights don't pay for them. One width
-    for all layers. The arithmetic is simulated.
+    the ranges of channels far from the others' end where most do, so that the weights don't pay for them. With
+    `allocation: relevance`, which other methods take too, layers have bits by their share in the logits. The
+    arithmetic is simulated.
 
     Args:
         clip: False leaves the channels' ranges as they are, to compare.
@@ -30,9 +31,10 @@ class LRPQViT(PercentileGrids):
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
     Cost: two forward passes.
-    Paper: Ranjan and Savakis, LRP-QViT, 2024, arXiv 2401.11243: its clipped channel-wise quantizer.
-    Differs: the choice of a width for each layer by relevance isn't part of it. The paper's limit wasn't at hand:
-        ranges end some standard deviations of the channels' ends from their mean, as many as give the layer behind the
+    Paper: Ranjan and Savakis, LRP-QViT, 2024, arXiv 2401.11243: its clipped channel-wise quantizer; bits by layer-wise
+        relevance propagation are in `graph.relevance` and `graph.allocation`.
+    Differs: the paper's equations weren't at hand. A layer's relevance is multiplied with the relative error of its
+        output at each width, and an integer programme takes the least sum of these. Clipped ranges end some standard deviations of the channels' ends from their mean, as many as give the layer behind the
         least output error, or nowhere. The one grid of a LayerNorm's output is chosen by that error too; all else is
         RepQ-ViT's. LayerNorms without a bias, or before a Linear without one, stay as they are; the record counts them.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
