@@ -10,9 +10,8 @@ from torch import Tensor
 from martlet.core import pipeline
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context
+from martlet.core.technique import Context, Technique
 from martlet.data.preprocess import Preprocess
-from martlet.vit.tokens import TokenReduction
 
 Token = tuple[float, Tensor]
 """Size and value (C,)."""
@@ -36,7 +35,7 @@ def images() -> Tensor:
     return torch.randn(2, 3, 40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def logits_with(module: VisionTransformer, technique: TokenReduction) -> Tensor:
+def logits_with(module: VisionTransformer, technique: Technique) -> Tensor:
     """Martlet's. Float64 makes it differ from the oracle by rounding alone."""
     model = Model(name="vit", module=module, preprocess=Preprocess(size=(40, 24)), num_classes=7, origin={})
     float32 = torch.get_default_dtype()

@@ -49,18 +49,18 @@ def merge(
     if weights is not None:
         shares = shares * pick(weights, reduction.order)[:, None]
     total = shares.sum(-1)  # (B, M)
-    return _product(shares, pick(x, reduction.order)) / total[..., None], total
+    return product(shares, pick(x, reduction.order)) / total[..., None], total
 
 
 def unmerge(y: Float[Tensor, "b m c"], reduction: Reduction) -> Float[Tensor, "b n c"]:
     """Gives every token, in its old place, the value of what it became."""
     places = sorted(range(len(reduction.order)), key=reduction.order.__getitem__)
-    return pick(_product(reduction.shares.mT, y), places)
+    return pick(product(reduction.shares.mT, y), places)
 
 
 def cosine_similarity(a: Float[Tensor, "b s c"], b: Float[Tensor, "b d c"]) -> Float[Tensor, "b s d"]:
     """The cosine of each row of a with each of b."""
-    return _product(functional.normalize(a, dim=-1), functional.normalize(b, dim=-1).mT)
+    return product(functional.normalize(a, dim=-1), functional.normalize(b, dim=-1).mT)
 
 
 def bipartite_soft_matching(
@@ -109,7 +109,7 @@ def squeeze(
     held = pick(scores, fixed)  # (B, F, C)
     staying = count - r - len(fixed)
     if staying:
-        alike = _product(scores, held[:, num_prefix:].mT).amax(-1) / width  # (B, N)
+        alike = product(scores, held[:, num_prefix:].mT).amax(-1) / width  # (B, N)
         if bonus is not None:
             alike = alike - bonus
         never = torch.zeros(count).index_fill(0, torch.tensor(fixed, dtype=torch.long), OUT_OF_REACH)
@@ -118,7 +118,7 @@ def squeeze(
     barred = torch.zeros(count, held.shape[1])
     barred[:num_prefix] = barred[:, :num_prefix] = -OUT_OF_REACH
     barred[range(num_prefix), range(num_prefix)] = 0
-    shares = _product(scores, held.mT) * (SHARPNESS / width) + barred.to(scores)  # (B, N, M)
+    shares = product(scores, held.mT) * (SHARPNESS / width) + barred.to(scores)  # (B, N, M)
     return Reduction(range(count), shares.softmax(-1).mT)
 
 
@@ -132,6 +132,11 @@ def fuse_rest(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduc
     staying = _one_hot(scores.topk(keep).indices, count, scores)  # (B, K, S)
     joins = 1 - staying.sum(1, keepdim=True)  # (B, 1, S)
     return _reduction(num_prefix, (), range(num_prefix, num_prefix + count), joins, staying)
+
+
+def product(a: Float[Tensor, "b m n"], b: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
+    """In floating point, whatever is quantized around it."""
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b)
 
 
 def pick(x: Tensor, indices: Sequence[int]) -> Tensor:
@@ -151,10 +156,6 @@ def _reduction(
     moves = torch.cat([joins.new_zeros(1, num_prefix, count).expand(batch, -1, -1), joins, staying], 1)  # (B, M, S)
     shares = torch.cat([itself.expand(batch, -1, -1), moves], -1)  # (B, M, N)
     return Reduction([*range(num_prefix), *destinations, *sources], shares)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b)
 
 
 def _rows(x: Float[Tensor, "b n c"], indices: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:

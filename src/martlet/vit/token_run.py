@@ -101,17 +101,28 @@ class Tokens(NamedTuple):
         return scores if self.log_size is None else scores + self.log_size
 
 
+Restore = Callable[[Tensor], Tensor]
+"""From the tokens that are left (B, M, C) to all that there were (B, N, C)."""
+
+
 class Decision(NamedTuple):
     """What a technique decides: the reduction, and the weights (B, N) of its means.
 
     weights: None weighs tokens by size, as a `proportional` run needs it, whose sizes these sums are.
+    restore: how tokens are given back; None gives each the value of what it joined.
     """
 
     reduction: Reduction
     weights: Tensor | None = None
+    restore: Restore | None = None
+
+    def gives_back(self) -> Restore:
+        return self.restore or functools.partial(unmerge, reduction=self.reduction)
 
 
 Decide = Callable[[Tokens], Decision]
+Pool = Callable[[Tensor, Patches], Decision]
+"""From the tokens (B, N, C) before a block, and the patches."""
 Fuse = Callable[[Tensor, Tensor, Tensor, Patches], Fusion]
 """From the tokens (B, N, C) before a block, how much all look at each (B, N), sizes (B, N), and the patches."""
 
@@ -126,6 +137,7 @@ class TokenRun:
     num_read: the last block computes only so many leading tokens, the others being read by nobody; None for all, which
         are then given back in their original number: each takes the value of its group.
     ahead: by position, what fuses tokens before a block, by that block's attention of all of them.
+    pool: by position, what happens before a block, by its tokens alone.
     Dropout inside attention isn't run; the model is for inference. What else a block is called with isn't used: Hugging
     Face gives masks that mask nothing, and one that did would be found by `run_from_parts_`.
     """
@@ -136,12 +148,25 @@ class TokenRun:
     proportional: bool = True
     num_read: int | None = None
     ahead: Mapping[int, Fuse] = field(default_factory=dict)
+    pool: Mapping[int, Pool] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
+        x, done = self.reduced(x)
+        if not self.num_read:
+            for _, restore in reversed(done):
+                x = restore(x)
+        return x
+
+    def reduced(self, x: Tensor) -> tuple[Tensor, list[tuple[BlockView, Restore]]]:
+        """What is left of the tokens after the last block, and by which blocks, and how each gives its tokens back."""
         size = log_size = None
-        patches, done = self.patches, list[Callable[[Tensor], Tensor]]()
+        patches, done = self.patches, list[tuple[BlockView, Restore]]()
         for i, block in enumerate(self.blocks):
             queries = self.num_read if i == len(self.blocks) - 1 else None
+            if i in self.pool:
+                decision = self.pool[i](x, patches)
+                x, size, log_size, patches = self._merged(x, size, patches, decision)
+                done.append((block, decision.gives_back()))
             before = x
             if i in self.ahead:
                 fuse = functools.partial(_fuse, block, x, size, self.ahead[i], patches)
@@ -149,24 +174,26 @@ class TokenRun:
                 x = fused.x + _residual(block, fused.attended, first=True)
                 patches = Patches(patches.first, x.shape[1] - patches.first, None)
                 size, log_size = fused.size, fused.size.log()
-                done.append(fused.fusion.spread)
+                done.append((block, fused.fusion.spread))
                 x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
                 continue
             attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
             x = x[:, :queries] if queries else x
             x = x + _residual(block, attended, first=True)
             if i in self.decide:
-                reduction, weights = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
-                x, total = merge(x, reduction, size if weights is None else weights)
-                patches = Patches(patches.first, reduction.num_tokens - patches.first, None)
-                if self.proportional:
-                    size, log_size = total, total.log()
-                done.append(functools.partial(unmerge, reduction=reduction))
+                decision = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
+                x, size, log_size, patches = self._merged(x, size, patches, decision)
+                done.append((block, decision.gives_back()))
             x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
-        if not self.num_read:
-            for restore in reversed(done):
-                x = restore(x)
-        return x
+        return x, done
+
+    def _merged(
+        self, x: Tensor, size: Tensor | None, patches: Patches, decision: Decision
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Patches]:
+        """What is left: tokens, their sizes and the logarithm of these, if they count, and patches."""
+        x, total = merge(x, decision.reduction, size if decision.weights is None else decision.weights)
+        left = Patches(patches.first, x.shape[1] - patches.first, None)
+        return (x, total, total.log(), left) if self.proportional else (x, None, None, left)
 
 
 @dataclass(frozen=True, eq=False)
