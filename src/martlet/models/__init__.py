@@ -2,11 +2,12 @@
 
 A family is written as timm writes one: `default_cfgs` says how a model wants its images and where its weights lie, and
 `@register_model` makes the function of each model known. So `timm.create_model(name)` works once this package is
-imported, and a new family is one new file here, listed nowhere else.
+imported, and a new family is one new file here, listed nowhere else. `PAPER` beside them is what its paper states.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import nn
 
 from martlet.core.errors import SourceError, nearest
 from martlet.data.preprocess import Preprocess
+from martlet.models.paper import Paper
 from martlet.source.timm import preprocess as timm_preprocess
 
-__all__ = ["class_names", "create", "names", "preprocess", "weights"]
+__all__ = ["class_names", "create", "names", "paper", "preprocess", "weights"]
 
 for _family in iter_modules(__path__, f"{__name__}."):
     import_module(_family.name)
@@ -75,6 +77,16 @@ def class_names(name: str) -> tuple[str, ...] | None:
         SourceError: no such model.
     """
     return _cfg(name).label_names
+
+
+def paper(name: str) -> Paper | None:
+    """What the paper of the model's family states; None of a model that is our own.
+
+    Raises:
+        SourceError: no such model.
+    """
+    _cfg(name)
+    return getattr(sys.modules[model_entrypoint(name).__module__], "PAPER", None)
 
 
 def _cfg(name: str) -> PretrainedCfg:

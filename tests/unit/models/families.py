@@ -1,0 +1,136 @@
+"""A tiny variant of each family of the zoo, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from martlet import engine as engines
+from martlet import models
+from martlet.core import pipeline
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Stage
+from martlet.data.preprocess import Preprocess
+from martlet.graph.trace import trace
+from martlet.techniques.quantize.int8 import Int8
+
+Size = tuple[int, int]
+CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """tiny: kwargs that make the smallest model with every kind of layer. others: sizes that it takes unchanged.
+
+    refused: a size, and what the error says of those that fit. unreached: the end of the name of parameters that
+    no gradient reaches, because the paper's classifier doesn't read what they do. hierarchical: it gives features of
+    several stages.
+    """
+
+    tiny: Mapping[str, Any]
+    size: Size
+    others: tuple[Size, ...] = ()
+    refused: tuple[Size, str] | None = None
+    hierarchical: bool = True
+    min_int8_sqnr_db: float = 15.0
+    unreached: tuple[str, ...] = field(default=())
+
+
+FAMILIES = {
+    "cswin_tiny": Family(
+        {"dim": 16, "depths": (1, 1), "num_heads": (2, 4), "stripes": (2,)},
+        (32, 32),
+        others=((32, 48), (24, 16)),
+        refused=((32, 36), "multiples of 8, not 32 × 36"),
+    ),
+    "shiftvit_tiny": Family(
+        {"dim": 24, "depths": (1, 1)},
+        (32, 32),
+        others=((40, 24),),
+        refused=((32, 36), "multiples of 8, not 32 × 36"),
+    ),
+    "litv2_small": Family(
+        {"dim": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 4), "windows": (0, 2, 1), "alpha": 0.5},
+        (32, 32),
+        others=((32, 48),),
+        refused=((32, 40), "multiples of 16, not 32 × 40"),
+    ),
+    "efficientmod_xxs": Family(
+        {"dims": (16, 24), "depths": (2, 1), "attention": (0, 1), "attention_ratios": (2, 2)},
+        (32, 32),
+        others=((36, 43),),
+    ),
+    "cvt_13": Family(
+        {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratio": 2.0},
+        (32, 32),
+        others=((36, 51),),
+        unreached=tuple(f"stages.1.blocks.0.q.{end}" for end in ("conv.weight", "norm.weight", "norm.bias")),
+    ),
+    "uniformer_small": Family(
+        {"dims": (16, 32), "depths": (1, 1), "head_dim": 16, "local": 1, "conv_stem": True},
+        (32, 32),
+        others=((40, 24),),
+        refused=((32, 36), "multiples of 8, not 32 × 36"),
+    ),
+}
+
+
+@cache
+def tiny(name: str) -> nn.Module:
+    """The variant with every parameter and statistic random, in inference mode. Not to be changed."""
+    torch.manual_seed(0)
+    module = models.create(name, num_classes=CLASSES, **FAMILIES[name].tiny).eval()
+    randomize_(module)
+    return module
+
+
+@cache
+def traced(name: str) -> Model:
+    """Its graph, batch norms folded. Not to be changed."""
+    size, kept = FAMILIES[name].size, Preprocess(size=FAMILIES[name].size)
+    graph = trace(tiny(name), size)
+    return Model(name=name, module=graph, preprocess=kept, num_classes=CLASSES, origin={}, stage=Stage.GRAPH)
+
+
+def randomize_(module: nn.Module) -> None:
+    """Weights that keep the signal, noise on what starts as ones and zeros, statistics of batch norms that matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if name == "weight" and parameter.ndim > 1:
+                    parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+                else:
+                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.running_mean.normal_(0, 0.2, generator=generator)
+                part.running_var.uniform_(0.5, 2, generator=generator)
+
+
+def images(size: Size, batch: int = 2) -> torch.Tensor:
+    """(batch, 3, H, W) of noise."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+class Noise:
+    """Calibration images."""
+
+    num_images = 8
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield images(self.size, self.num_images)
+
+
+def int8(name: str) -> Model:
+    """It, quantized for OpenVINO."""
+    context = Context(images=Noise(FAMILIES[name].size), int8=engines.get("openvino").int8)
+    return pipeline.run(traced(name), Recipe((Int8(),)), context)
