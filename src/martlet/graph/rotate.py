@@ -9,7 +9,7 @@ sent through the graph's own operations, so no library's layout is assumed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from martlet.core.errors import NumericsError
 from martlet.core.technique import Progress
 from martlet.graph.attention import Attention, Channels
 from martlet.graph.observe import OneBatch, observe
 from martlet.graph.probe import parameters, readers, shapes
 from martlet.graph.rounding import tensor
-from martlet.graph.sites import CONVOLUTIONS, aten, source
-
-Covariances = Mapping[Node, Tensor]
-"""By the node of a LayerNorm: (C, C) of its output."""
+from martlet.graph.sites import CONVOLUTIONS, aten, module_path, source
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +75,13 @@ def fold_norms_(graph_module: GraphModule, stream: Stream) -> None:
     """Moves the scale and shift of a stream's LayerNorms into the layers behind, and LayerScale into those before it.
 
     Logits stay the same.
+
+    Raises:
+        NumericsError: a scale or shift is NaN or infinite.
     """
+    for norm in stream.norms:
+        if not all(bool(tensor(graph_module, p).isfinite().all()) for p in norm.args[2:4] if p is not None):
+            raise NumericsError(f"{module_path(norm)} gives a value that is NaN or infinite")
     with torch.no_grad():
         for writer, scale in stream.writers.items():
             if scale is None:
@@ -155,17 +159,25 @@ def rotate_scores_(graph_module: GraphModule, attention: Attention, rotation: Te
         _rotate_rows_(graph_module, channels, rotation)
 
 
-def covariances(graph_module: GraphModule, nodes: list[Node], images: Tensor, progress: Progress) -> Covariances:
-    """What channels of each node's tensor (…, C) have in common over all rows, by the node: (C, C) in float64."""
+def covariances(
+    graph_module: GraphModule, nodes: Iterable[Node], images: Tensor, progress: Progress
+) -> dict[Node, Tensor]:
+    """The covariance (C, C) of the channels of each node's tensor (…, C) over all rows, in float64.
+
+    Raises:
+        NumericsError: a value is NaN or infinite.
+    """
     sums: dict[Node, tuple[int, Tensor, Tensor]] = {}
 
     def look(node: Node, value: Tensor) -> None:
+        if not bool(value.isfinite().all()):
+            raise NumericsError(f"{module_path(node)} gives a value that is NaN or infinite")
         rows = value.flatten(0, -2).double()
         count, total, square = sums.get(node, (0, torch.zeros(()), torch.zeros(())))
         sums[node] = count + len(rows), total + rows.sum(0), square + rows.T @ rows
 
-    if nodes:
-        watch = {node: (lambda value, node=node: look(node, value)) for node in nodes}
+    watch = {node: (lambda value, node=node: look(node, value)) for node in nodes}
+    if watch:
         observe(graph_module, OneBatch(images), watch, progress, "observe channels")
     means = {node: total / count for node, (count, total, _) in sums.items()}
     return {node: s / count - torch.outer(means[node], means[node]) for node, (count, _, s) in sums.items()}
