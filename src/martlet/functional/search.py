@@ -18,6 +18,8 @@ from martlet.functional.logarithmic import ADALOG_DENOMINATOR, LogarithmicGrid, 
 
 RoundingError = Callable[[Tensor], float]
 NUMERATORS = range(10, 139)  # AdaLog's bases, from 2^(10/37) to 2^(138/37)
+SOFTMAX_VALUES = 2**18
+"""Of an attention's softmax, which has few large values among many, on which a search looks."""
 
 
 class ValueGrid(Protocol):
@@ -50,6 +52,17 @@ def linear_error(
         return float((difference if gradient is None else difference * gradient).square().mean())
 
     return error
+
+
+def product_error(rows: Tensor, other: Tensor, rounded_other: Tensor) -> RoundingError:
+    """Mean squared difference of a product with another activation, both rounded: (…, r, i) by (…, i, o)."""
+    output = rows @ other
+    return lambda rounded: float((rounded @ rounded_other - output).square().mean())
+
+
+def sample_queries(softmax: Float[Tensor, "... q k"]) -> Float[Tensor, "... r k"]:
+    """Evenly spaced queries of attention maps, with SOFTMAX_VALUES or some more values: the same each time."""
+    return softmax[..., :: max(1, softmax.numel() // SOFTMAX_VALUES), :]
 
 
 def best_grid(error: RoundingError, x: Tensor, grids: Iterable[G]) -> G:

@@ -12,20 +12,27 @@ from torch import Tensor
 from martlet.functional.logarithmic import GELU_SHIFT
 from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
 from martlet.functional.search import (
+    SOFTMAX_VALUES,
     linear_error,
     output_rows_error,
+    product_error,
     rows_error,
+    sample_queries,
     search_affine,
     search_affine_rows,
     search_logarithmic,
     squared_error,
 )
 from martlet.graph.fit import Call, Fitted, Operand
-from martlet.graph.low_bit import Reparameterized, affine, affine_heads, quantized_weight, sample, tabulated
+from martlet.graph.low_bit import (
+    Reparameterized,
+    affine,
+    affine_heads,
+    quantized_weight,
+    sample,
+    tabulated,
+)
 from martlet.nn.quantizers import Quantizer
-
-SOFTMAX_VALUES = 2**18
-"""Of an attention's softmax, on which the base of its logarithm is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +101,8 @@ class AdaLog(Reparameterized):
     def _for_values(self, call: Call) -> Fitted:
         (first, softmax), (second, value) = call.operands.items()
         quantizer = self.activation(value)
-        rows = softmax.value[..., :: max(1, softmax.value.numel() // SOFTMAX_VALUES), :]  # (…, queries, keys)
-        output, rounded = rows @ value.value, quantizer(value.value)
-        error = lambda found: float((found @ rounded - output).square().mean())  # noqa: E731
+        rows = sample_queries(softmax.value)
+        error = product_error(rows, value.value, quantizer(value.value))
         grid = search_logarithmic(error, rows, self.activation_bits, scale=1.0)
         return Fitted({first: tabulated(grid), second: quantizer})
 
