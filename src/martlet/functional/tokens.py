@@ -134,6 +134,22 @@ def fuse_rest(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduc
     return _reduction(num_prefix, (), range(num_prefix, num_prefix + count), joins, staying)
 
 
+def skip(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduction:
+    """Of the tokens behind the prefix, the `keep` of the highest scores stay; the others join nothing.
+
+    What is left: the prefix, and those that stay, the best first.
+    """
+    count = scores.shape[1]
+    staying = _one_hot(scores.topk(keep).indices, count, scores)  # (B, K, S)
+    return _reduction(num_prefix, (), range(num_prefix, num_prefix + count), staying[:, :0], staying)
+
+
+def rejoin(y: Float[Tensor, "b m c"], x: Float[Tensor, "b n c"], reduction: Reduction) -> Float[Tensor, "b n c"]:
+    """Every token in its old place: those that stayed with the value that they have now, the others as in x."""
+    gone = 1 - unmerge(torch.ones_like(y[..., :1]), reduction)  # (B, N, 1)
+    return unmerge(y, reduction) + gone * x
+
+
 def product(a: Float[Tensor, "b m n"], b: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
     """In floating point, whatever is quantized around it."""
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b)

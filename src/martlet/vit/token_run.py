@@ -120,6 +120,14 @@ class Decision(NamedTuple):
         return self.restore or functools.partial(unmerge, reduction=self.reduction)
 
 
+class Reduced(NamedTuple):
+    """A reduction that was made: in which block, how many tokens were left, and how they are given back."""
+
+    block: BlockView
+    num_tokens: int
+    restore: Restore
+
+
 Decide = Callable[[Tokens], Decision]
 Pool = Callable[[Tensor, Patches], Decision]
 """From the tokens (B, N, C) before a block, and the patches."""
@@ -138,6 +146,7 @@ class TokenRun:
         are then given back in their original number: each takes the value of its group.
     ahead: by position, what fuses tokens before a block, by that block's attention of all of them.
     pool: by position, what happens before a block, by its tokens alone.
+    back: positions of blocks that compute all tokens again: those that were taken away are given back before them.
     Dropout inside attention isn't run; the model is for inference. What else a block is called with isn't used: Hugging
     Face gives masks that mask nothing, and one that did would be found by `run_from_parts_`.
     """
@@ -149,24 +158,28 @@ class TokenRun:
     num_read: int | None = None
     ahead: Mapping[int, Fuse] = field(default_factory=dict)
     pool: Mapping[int, Pool] = field(default_factory=dict)
+    back: frozenset[int] = frozenset()
 
     def __call__(self, x: Tensor, *others: object, **more: object) -> Tensor:
-        x, done = self.reduced(x)
-        if not self.num_read:
-            for _, restore in reversed(done):
-                x = restore(x)
-        return x
+        x, done, _ = self.reduced(x)
+        return x if self.num_read else given_back(x, done)
 
-    def reduced(self, x: Tensor) -> tuple[Tensor, list[tuple[BlockView, Restore]]]:
-        """What is left of the tokens after the last block, and by which blocks, and how each gives its tokens back."""
+    def reduced(self, x: Tensor) -> tuple[Tensor, Sequence[Reduced], list[Sequence[Reduced]]]:
+        """What is left of the tokens after the last block, and the reductions that took the others away; and after each
+        reduction, all that had taken some away by then.
+        """
         size = log_size = None
-        patches, done = self.patches, list[tuple[BlockView, Restore]]()
+        patches, made = self.patches, list[Sequence[Reduced]]()
+        done: tuple[Reduced, ...] = ()
         for i, block in enumerate(self.blocks):
             queries = self.num_read if i == len(self.blocks) - 1 else None
+            if i in self.back:
+                x, size, log_size, patches, done = given_back(x, done), None, None, self.patches, ()
             if i in self.pool:
                 decision = self.pool[i](x, patches)
                 x, size, log_size, patches = self._merged(x, size, patches, decision)
-                done.append((block, decision.gives_back()))
+                done = (*done, Reduced(block, x.shape[1], decision.gives_back()))
+                made.append(done)
             before = x
             if i in self.ahead:
                 fuse = functools.partial(_fuse, block, x, size, self.ahead[i], patches)
@@ -174,7 +187,8 @@ class TokenRun:
                 x = fused.x + _residual(block, fused.attended, first=True)
                 patches = Patches(patches.first, x.shape[1] - patches.first, None)
                 size, log_size = fused.size, fused.size.log()
-                done.append((block, fused.fusion.spread))
+                done = (*done, Reduced(block, x.shape[1], fused.fusion.spread))
+                made.append(done)
                 x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
                 continue
             attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
@@ -183,9 +197,10 @@ class TokenRun:
             if i in self.decide:
                 decision = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
                 x, size, log_size, patches = self._merged(x, size, patches, decision)
-                done.append((block, decision.gives_back()))
+                done = (*done, Reduced(block, x.shape[1], decision.gives_back()))
+                made.append(done)
             x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
-        return x, done
+        return x, done, made
 
     def _merged(
         self, x: Tensor, size: Tensor | None, patches: Patches, decision: Decision
@@ -194,6 +209,13 @@ class TokenRun:
         x, total = merge(x, decision.reduction, size if decision.weights is None else decision.weights)
         left = Patches(patches.first, x.shape[1] - patches.first, None)
         return (x, total, total.log(), left) if self.proportional else (x, None, None, left)
+
+
+def given_back(x: Tensor, done: Sequence[Reduced]) -> Tensor:
+    """All tokens that there were, from those that are left."""
+    for reduced in reversed(done):
+        x = reduced.restore(x)
+    return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from martlet.source import load_model
 from martlet.techniques.tokens.evit import EViT
 from martlet.techniques.tokens.mctf import MCTF
 from martlet.techniques.tokens.readout import Readout
+from martlet.techniques.tokens.skipvit import SkipViT
 from martlet.techniques.tokens.tome import ToMe
 from martlet.techniques.tokens.tps import TPS
 
@@ -23,6 +24,7 @@ TECHNIQUES = (
     TPS(r={1: 7, 2: 3}),
     MCTF(r={1: 7, 2: 3}),
     EViT(r={1: 7, 2: 3}),
+    SkipViT(r={1: 7}),
     Readout(),
 )
 
