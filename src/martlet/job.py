@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import pipeline, report, store
 from martlet.core.errors import DataError, UsageError
+from martlet.core.facts import Fact
 from martlet.core.kept import Kept
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
-from martlet.core.technique import Context, Progress, silent
+from martlet.core.technique import Context, Progress, Technique, silent
 from martlet.proof import BATCH, Clock, Duel, describe_images, describe_recipe, gate
 
 if TYPE_CHECKING:
@@ -86,8 +87,16 @@ def compress(
         num_calib = num_calib if recipe.needs_images else 0
         test, calibration = _data(images, calib, num_calib, source, seed, progress)
         context.images = calibration
+    patches: list[report.Patches] = []
+
+    def look(model: Model, technique: Technique) -> None:
+        if Fact.ALL_TOKENS in technique.breaks:
+            from martlet.measure.patches import patches as of
+
+            patches.extend(of(model, test))
+
     with clock("compress"):
-        compressed = pipeline.run(source, recipe, context)
+        compressed = pipeline.run(source, recipe, context, look)
         assert compressed.facts == facts
     with store.writing(out, overwrite) as folder, tempfile.TemporaryDirectory() as plain:
         with clock("lower"):
@@ -104,6 +113,8 @@ def compress(
             "images": describe_images(test, document["fidelity"]["n_images"], None),
             "calibration": calibration and describe_images(calibration.images, calibration.num_images, seed),
         }
+        if patches:
+            document["patches"] = patches
         document["gate"] = gate(document, max_drop)
         document["command"] = command
         document["seconds"] = clock.total()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from martlet.core.model import Model, Step
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Stage
+from martlet.core.technique import Context, Stage, Technique
 
 
-def run(model: Model, recipe: Recipe, context: Context) -> Model:
+def run(
+    model: Model, recipe: Recipe, context: Context, after: Callable[[Model, Technique], None] | None = None
+) -> Model:
     """Applies every pass, in order, to a copy. The model given is left as it was.
+
+    after: is shown the model after each pass, and must leave it as it is.
 
     Raises:
         RecipeError: the order can't work on this model; raised before anything is computed.
@@ -27,6 +31,8 @@ def run(model: Model, recipe: Recipe, context: Context) -> Model:
         start = time.perf_counter()
         record = technique.apply_(model, context)
         model.steps.append(Step(technique=technique, record=record, seconds=time.perf_counter() - start))
+        if after is not None:
+            after(model, technique)
     model.facts = facts
     return model
 

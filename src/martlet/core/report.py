@@ -10,7 +10,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from martlet.core.errors import ArtifactError
 
@@ -118,6 +118,27 @@ class Example(TypedDict):
     jpeg_base64: str
 
 
+class BlockGroups(TypedDict):
+    """What a block has left of an image's patches: how many tokens, and which one each patch is in, in row order; -1 is
+    dropped."""
+
+    block: str
+    num_tokens: int
+    groups: list[int]
+
+
+class Patches(TypedDict):
+    """An image as the model gets it, its patches (down, across), and what each block that reduces tokens made of them.
+
+    `jpeg_base64` is a thumbnail in which each patch is as many pixels.
+    """
+
+    image: str
+    jpeg_base64: str
+    grid: list[int]
+    blocks: list[BlockGroups]
+
+
 class Gate(TypedDict):
     """judged: what it looked at: `speed` (unless it is simulated), `size`, and `top-1` or `agreement` if asked."""
 
@@ -156,6 +177,8 @@ class Document(TypedDict):
     simulated: bool
     """Something is rounded in a way that the engine has no kernel for, so no number of the artifact's speed counts."""
     examples: list[Example]
+    patches: NotRequired[list[Patches]]
+    """What became of the patches of a few images; missing where no tokens are reduced."""
     gate: Gate
     seconds: dict[str, float]
     """Wall time of each stage of the job, and `total`."""

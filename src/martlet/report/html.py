@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from martlet.core.errors import ArtifactError
 from martlet.core.report import Document
-from martlet.report import charts, units, verdict
+from martlet.report import charts, patches, units, verdict
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -36,6 +36,7 @@ def render(document: Document) -> str:
         script=script,
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=charts,
+        patches=patches,
         units=units,
         verdict=verdict,
     )

@@ -243,6 +243,17 @@ def document(**changes: Any) -> Document:
             }
             for i in range(4)
         ],
+        "patches": [
+            {
+                "image": "n01440764/tench_7.JPEG",
+                "jpeg_base64": thumbnail(30),  # 90 by 120 pixels
+                "grid": [3, 4],
+                "blocks": [
+                    {"block": "blocks.4", "num_tokens": 8, "groups": [0, 0, 1, 2, 3, 0, 4, 4, 5, 6, 4, 7]},
+                    {"block": "blocks.8", "num_tokens": 4, "groups": [0, 0, 1, 1, 2, 0, 3, 3, 2, -1, 3, 2]},
+                ],
+            }
+        ],
         "gate": {"passed": True, "reasons": [], "judged": ["speed", "size"]},
         "seconds": {"load": 1.3, "calibrate": 21.7, "quantize": 16.9, "lower": 9.8, "measure": 71.2, "total": 120.9},
     }
@@ -291,6 +302,7 @@ def bare() -> Document:
         "layers": [],
         "bits": {},
         "examples": [],
+        "patches": [],
         "seconds": {},
         "fidelity": {"top1_agreement_pct": 100.0, "kl_mean": 0.0, "logit_sqnr_db": math.inf, "n_images": 64},
     }

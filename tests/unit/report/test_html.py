@@ -106,6 +106,17 @@ def test_hostile_strings_are_text() -> None:
         assert needle + shown in page.words
 
 
+def test_patches_are_painted_after_each_block_that_reduces() -> None:
+    document = sample.document()
+    page = Page(html.render(document))
+    assert "after blocks.4 : of 12 patches, 6 kept, 6 merged into 2" in page.words
+    assert "after blocks.8 : of 12 patches, 0 kept, 11 merged into 4, 1 dropped" in page.words
+    shown = [image for image in page.find("img") if (image["alt"] or "").startswith("After blocks")]
+    assert len({image["src"] for image in shown}) == 2
+    del document["patches"]  # as reports had it before
+    assert "patches" not in Page(html.render(document)).words
+
+
 def test_every_part_of_the_document_is_on_the_page() -> None:
     document = sample.document()
     words = Page(html.render(document)).words
