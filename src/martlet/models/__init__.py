@@ -51,13 +51,13 @@ def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise SourceError(f"{name} can't be made with {kwargs}: {error}") from error
 
 
-def preprocess(name: str) -> Preprocess:
-    """How the model wants its images.
+def preprocess(name: str, img_size: int | tuple[int, int] | None = None) -> Preprocess:
+    """How the model wants its images; if it was made with an `img_size`, of that.
 
     Raises:
         SourceError: no such model.
     """
-    return timm_preprocess(asdict(_cfg(name)))
+    return timm_preprocess(asdict(_cfg(name)), img_size)
 
 
 def weights(name: str) -> Path | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, NormMlpClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from martlet.core.errors import SourceError
 
@@ -45,10 +46,11 @@ class Backbone(nn.Module):
     `forward_features` gives (B, C, H / r, W / r), r the last `reduction`; every stage maps (B, C, H, W) to its own.
 
     Args:
-        stages: One module each; `dims` are the channels they give. The stem divides H and W by 4, each stage but the
-            first by 2.
-        norm: What comes after the last stage.
+        stages: One module each; `dims` are the channels they give. The stem divides H and W by `reduction`, each stage
+            but the first by 2.
+        norm: What comes after the last stage; None for a LayerNorm of what was pooled.
         divisor: H and W must be multiples of it; None for as much as the stages divide by.
+        img_size: The only H and W, if parameters are as many as they say.
         global_pool: As timm's, `""` for none.
     """
 
@@ -58,8 +60,10 @@ class Backbone(nn.Module):
         stem: nn.Module,
         stages: Sequence[nn.Module],
         dims: Sequence[int],
-        norm: nn.Module,
+        norm: nn.Module | None,
+        reduction: int = 4,
         divisor: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -67,16 +71,18 @@ class Backbone(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
-        reductions = [4 * 2**i for i in range(len(dims))]
+        reductions = [reduction * 2**i for i in range(len(dims))]
         self.divisor = divisor or reductions[-1]
+        self.img_size = None if img_size is None else pair(img_size)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.norm = norm
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.norm = norm or nn.Identity()
+        head = ClassifierHead if norm else NormMlpClassifierHead
+        self.head = head(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.apply(init_weights_)
 
     def get_classifier(self) -> nn.Module:
@@ -89,12 +95,14 @@ class Backbone(nn.Module):
         self.head.reset(num_classes, global_pool)
 
     def check_size(self, x: Tensor) -> None:
-        """Refuses images that the stages can't divide.
+        """Refuses images that the stages can't divide, or that the parameters weren't made for.
 
         Raises:
             SourceError: it names what the family takes.
         """
         h, w = x.shape[-2:]
+        if self.img_size:
+            check_only_size(self, x, self.img_size)
         if h % self.divisor or w % self.divisor:
             raise SourceError(
                 f"{type(self).__name__} takes images whose sides are multiples of {self.divisor}, not {h} × {w}"
@@ -194,6 +202,51 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of all tokens. (B, H, W, C) -> the same.
+
+    inner: channels of queries, keys and values, if not C.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, inner: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * (inner or dim), bias=qkv_bias)
+        self.proj = nn.Linear(inner or dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(one, self.num_heads) for one in self.qkv(x.flatten(1, 2)).chunk(3, -1))
+        return self.proj(merge_heads(scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
+
+
+class DepthwiseMlp(nn.Module):
+    """An MLP with a depthwise 3 × 3 convolution before its activation. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(gelu(x))
+
+
+def check_only_size(model: nn.Module, x: Tensor, only: tuple[int, int]) -> None:
+    """Refuses images (B, C, H, W) of another H and W than the model was made for.
+
+    Raises:
+        SourceError: it says how to make the model for these.
+    """
+    h, w = x.shape[-2:]
+    if (h, w) != only:
+        raise SourceError(
+            f"this {type(model).__name__} takes images of {only[0]} × {only[1]}, not {h} × {w}; "
+            f"make it with img_size=({h}, {w})"
+        )
+
+
 def init_weights_(module: nn.Module) -> None:
     """Linear layers as all these families have them: truncated normal of 0.02, no bias."""
     if isinstance(module, nn.Linear):
@@ -206,6 +259,11 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth: 0 to `rate`, linear over all blocks, stage by stage."""
     total = max(sum(depths) - 1, 1)
     return [[rate * (sum(depths[:s]) + i) / total for i in range(depth)] for s, depth in enumerate(depths)]
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of an `img_size`, which may be one side."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

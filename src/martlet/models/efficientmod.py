@@ -7,9 +7,9 @@ from typing import Any
 from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
-from martlet.models.backbone import Backbone, Block, Stage, cfg, drop_path_rates, make, merge_heads, split_heads
+from martlet.models.backbone import Backbone, Block, SelfAttention, Stage, cfg, drop_path_rates, make
 from martlet.models.paper import Paper, Stated
 
 __all__ = ["EfficientMod"]
@@ -30,6 +30,9 @@ PAPER = Paper(
 )
 
 default_cfgs = generate_default_cfgs({name: cfg() for name in PAPER.models})
+
+
+HEADS = 8  # of the attention blocks, at least 32 wide each
 
 
 class Modulation(nn.Module):
@@ -58,21 +61,6 @@ class Modulation(nn.Module):
         value = self.fc1(normal) if self.ratio == 1 else gelu(self.fc1(normal))  # (B, H, W, ratio C)
         value = (value.unflatten(-1, (self.ratio, -1)) * context.unsqueeze(-2)).flatten(-2)
         return x + self.drop_path(self.scale(self.fc2(value)))
-
-
-class GlobalAttention(nn.Module):
-    """Self-attention of 8 heads, at least 32 wide each. (B, H, W, C) -> the same."""
-
-    def __init__(self, dim: int, num_heads: int = 8) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        inner = num_heads * max(dim // num_heads, 32)
-        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.proj = nn.Linear(inner, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(one, self.num_heads) for one in self.qkv(x.flatten(1, 2)).chunk(3, -1))
-        return self.proj(merge_heads(scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
 
 
 class EfficientMod(Backbone):
@@ -107,7 +95,8 @@ class EfficientMod(Backbone):
                 Modulation(c, ratios[j % len(ratios)], kernel, rates[i][j]) for j in range(depths[i])
             ]
             for rate in rates[i][depths[i] :]:
-                blocks.append(Block(c, GlobalAttention(c), Mlp(c, int(attention_ratios[i] * c)), rate))
+                mixer = SelfAttention(c, HEADS, qkv_bias=False, inner=HEADS * max(c // HEADS, 32))
+                blocks.append(Block(c, mixer, Mlp(c, int(attention_ratios[i] * c)), rate))
             stages.append(Stage(merge if i else nn.Identity(), blocks))
         super().__init__(stem=stem, stages=stages, dims=dims, norm=LayerNorm2d(dims[-1]), divisor=1, **kwargs)
 

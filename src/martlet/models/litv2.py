@@ -11,7 +11,17 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, gelu, grid_sample, pixel_shuffle, scaled_dot_product_attention
 
-from martlet.models.backbone import Backbone, Block, Stage, cfg, drop_path_rates, make, merge_heads, split_heads
+from martlet.models.backbone import (
+    Backbone,
+    Block,
+    DepthwiseMlp,
+    Stage,
+    cfg,
+    drop_path_rates,
+    make,
+    merge_heads,
+    split_heads,
+)
 from martlet.models.paper import Paper, Stated
 
 __all__ = ["LITv2"]
@@ -76,20 +86,6 @@ class HiLo(nn.Module):
         q = split_heads(self.low_q(x.flatten(1, 2)), self.low_heads)
         k, v = (split_heads(one, self.low_heads) for one in self.low_kv(mean.flatten(1, 2)).chunk(2, -1))
         return self.low_proj(merge_heads(scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
-
-
-class ConvMlp(nn.Module):
-    """An MLP with a depthwise 3 × 3 convolution before its activation. (B, H, W, C) -> the same."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(gelu(x))
 
 
 class ConvMlpBlock(nn.Module):
@@ -157,7 +153,7 @@ class LITv2(Backbone):
         for i, (c, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
             blocks: list[nn.Module] = []
             for rate in rates:
-                mlp = ConvMlp(c, int(mlp_ratio * c))
+                mlp = DepthwiseMlp(c, int(mlp_ratio * c))
                 if windows[i]:
                     blocks.append(Block(c, HiLo(c, num_heads[i], windows[i], alpha), mlp, rate))
                 else:

@@ -8,9 +8,8 @@ from typing import Any
 from timm.layers import ConvMlp, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from martlet.models.backbone import Backbone, Block, Stage, cfg, drop_path_rates, make, merge_heads, split_heads
+from martlet.models.backbone import Backbone, Block, SelfAttention, Stage, cfg, drop_path_rates, make
 from martlet.models.paper import Paper, Stated
 
 __all__ = ["UniFormer"]
@@ -39,22 +38,10 @@ class LocalMixer(nn.Sequential):
         super().__init__(nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 5, padding=2, groups=dim), nn.Conv2d(dim, dim, 1))
 
 
-class GlobalMixer(nn.Module):
-    """Global relation aggregation (eq. 6): self-attention. (B, H, W, C) -> the same."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(one, self.num_heads) for one in self.qkv(x.flatten(1, 2)).chunk(3, -1))
-        return self.proj(merge_heads(scaled_dot_product_attention(q, k, v))).unflatten(1, x.shape[1:3])
-
-
 class UniFormerBlock(nn.Module):
-    """Dynamic position embedding, relation aggregation, MLP (eq. 1-3). (B, C, H, W) -> the same."""
+    """Dynamic position embedding, relation aggregation (local, or global by eq. 6: self-attention), MLP (eq. 1-3).
+
+    (B, C, H, W) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, local: bool) -> None:
         super().__init__()
@@ -66,7 +53,7 @@ class UniFormerBlock(nn.Module):
             self.block = Block(dim, LocalMixer(dim), mlp, drop_path, nn.BatchNorm2d)
         else:
             norm = partial(nn.LayerNorm, eps=1e-6)
-            self.block = Block(dim, GlobalMixer(dim, num_heads), Mlp(dim, hidden), drop_path, norm)
+            self.block = Block(dim, SelfAttention(dim, num_heads), Mlp(dim, hidden), drop_path, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position(x)

@@ -25,7 +25,7 @@ def load(request: Request) -> Loaded:
         models.create(request.name, pretrained=True)  # raises: there are none
     return Loaded(
         module=module,
-        preprocess=models.preprocess(request.name),
+        preprocess=models.preprocess(request.name, request.kwargs.get("img_size")),
         origin={"name": request.name, "kwargs": dict(request.kwargs), "num_classes": request.num_classes},
         weights=request.random_weights if file is None else checkpoint.load_(module, file),
         class_names=models.class_names(request.name) if request.num_classes is None else None,

@@ -78,6 +78,42 @@ FAMILIES = {
         others=((40, 24),),
         refused=((32, 36), "multiples of 8, not 32 × 36"),
     ),
+    "spectformer_h_small": Family(
+        {
+            "img_size": (32, 40),
+            "stem_dim": 8,
+            "dims": (16, 32),
+            "depths": (1, 1),
+            "num_heads": (2, 2),
+            "mlp_ratios": (2, 2),
+            "spectral": 1,
+        },
+        (32, 40),
+        refused=((32, 32), r"takes images of 32 × 40, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
+    "kat_tiny_patch16_224": Family(
+        {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        (32, 32),
+        refused=((32, 40), r"takes images of 32 × 32, not 32 × 40; make it with img_size=\(32, 40\)"),
+        hierarchical=False,
+    ),
+    "fcaformer_l1": Family(
+        {"img_size": (32, 40), "dims": (16, 32), "depths": (1, 3), "num_heads": (0, 2), "mlp_ratio": 2.0},
+        (32, 40),
+        refused=((32, 32), r"takes images of 32 × 40, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
+    "sret_tiny": Family(
+        {
+            "img_size": (64, 48),
+            "dims": (16, 32),
+            "depths": (1, 1),
+            "num_heads": (2, 2),
+            "groups": ((4, 2), (1, 1)),
+            "mlp_ratio": 2.0,
+        },
+        (64, 48),
+        refused=((64, 64), r"takes images of 64 × 48, not 64 × 64; make it with img_size=\(64, 64\)"),
+    ),
 }
 
 
