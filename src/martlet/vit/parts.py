@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -50,6 +52,27 @@ def linear(map_: LinearView, x: Tensor) -> Tensor:
     return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
 
 
-def heads(attention: AttentionView, y: Tensor) -> Tensor:
+def split_heads(attention: AttentionView, y: Tensor) -> Tensor:
     """(B, N, H D) -> (B, H, N, D)."""
     return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+
+def take_over_(
+    blocks: Sequence[BlockView], run: Callable[..., Tensor], attend: Callable[[AttentionView], Callable[..., object]]
+) -> None:
+    """Makes the first block do the work of all by `run`; the others pass on what they get. Of what was there before,
+    nothing stays.
+
+    attend: what the attention modules compute, so that it stays known as theirs when the model is traced.
+    """
+    first, *others = blocks
+    first.module.forward = run
+    for block in others:
+        block.module.forward = _pass
+    for block in blocks:
+        block.attention.module.forward = attend(block.attention)
+
+
+def _pass(x: Tensor, *others: object, **more: object) -> Tensor:
+    """The forward of a block that an earlier one has run."""
+    return x
