@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from martlet.core.model import Model
-from martlet.vit.token_run import Reduced, TokenRun, given_back
+from martlet.vit.token_run import Reduced, TokenRun
 from martlet.vit.view import view
 
 
@@ -54,7 +54,8 @@ def _groups(run: TokenRun, done: Sequence[Reduced], x: Tensor) -> Groups:
     first, grid, last = run.patches.first, run.patches.grid, done[-1]
     assert grid is not None
     shares = torch.eye(last.num_tokens, dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)  # (B, M, M)
-    shares = given_back(shares, done)  # (B, N, M)
+    for reduced in reversed(done):
+        shares = reduced.spread(shares)  # (B, N, M)
     of = shares[:, first:].argmax(-1) - first  # (B, H W)
     dropped = shares[:, first:].sum(-1) < 0.5  # nothing of it is given back
     return Groups(last.block.name, last.num_tokens - first, grid, of.masked_fill(dropped, -1))

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from martlet.functional.fusion import Fusion
 from martlet.functional.tokens import Reduction, cosine_similarity, merge, pick, unmerge
-from martlet.vit.view import AttentionView, BlockView, LinearView, Part
+from martlet.vit.parts import before, linear, mlp, project, residual, split_heads, take_over_, through
+from martlet.vit.view import AttentionView, BlockView, LinearView
 
 
 class Patches(NamedTuple):
@@ -83,8 +84,8 @@ class Tokens(NamedTuple):
         Computed anew, from one query, so that the block's own attention stays a whole that engines have a kernel for.
         """
         attention = self.block.attention
-        query = _through(attention.query_norm, self.heads(self.query[:, :1]))  # (B, 1, H, D)
-        key = _through(attention.key_norm, self.heads(self.key))  # (B, N, H, D)
+        query = through(attention.query_norm, self.heads(self.query[:, :1]))  # (B, 1, H, D)
+        key = through(attention.key_norm, self.heads(self.key))  # (B, N, H, D)
         scores = (query * key).sum(-1) * attention.scale  # (B, N, H)
         return scores if self.log_size is None else scores + self.log_size[..., None]
 
@@ -116,16 +117,21 @@ class Decision(NamedTuple):
     weights: Tensor | None = None
     restore: Restore | None = None
 
-    def gives_back(self) -> Restore:
-        return self.restore or functools.partial(unmerge, reduction=self.reduction)
+    def made(self, block: BlockView) -> Reduced:
+        spread = functools.partial(unmerge, reduction=self.reduction)
+        return Reduced(block, self.reduction.num_tokens, self.restore or spread, spread)
 
 
 class Reduced(NamedTuple):
-    """A reduction that was made: in which block, how many tokens were left, and how they are given back."""
+    """A reduction that was made: in which block, how many tokens were left, and how they are given back.
+
+    spread: gives each token the value of what it became part of, and 0 if it was dropped, whatever `restore` does.
+    """
 
     block: BlockView
     num_tokens: int
     restore: Restore
+    spread: Restore
 
 
 Decide = Callable[[Tokens], Decision]
@@ -178,28 +184,28 @@ class TokenRun:
             if i in self.pool:
                 decision = self.pool[i](x, patches)
                 x, size, log_size, patches = self._merged(x, size, patches, decision)
-                done = (*done, Reduced(block, x.shape[1], decision.gives_back()))
+                done = (*done, decision.made(block))
                 made.append(done)
-            before = x
+            earlier = x
             if i in self.ahead:
                 fuse = functools.partial(_fuse, block, x, size, self.ahead[i], patches)
-                fused: _Fused = block.attention.module(_before(block, x), log_size, ahead=fuse)
-                x = fused.x + _residual(block, fused.attended, first=True)
+                fused: _Fused = block.attention.module(before(block, x), log_size, ahead=fuse)
+                x = fused.x + residual(block, fused.attended, first=True)
                 patches = Patches(patches.first, x.shape[1] - patches.first, None)
                 size, log_size = fused.size, fused.size.log()
-                done = (*done, Reduced(block, x.shape[1], fused.fusion.spread))
+                done = (*done, Reduced(block, x.shape[1], fused.fusion.spread, fused.fusion.spread))
                 made.append(done)
-                x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
+                x = mlp(block, x)
                 continue
-            attended, query, key, value = block.attention.module(_before(block, x), log_size, queries)
+            attended, query, key, value = block.attention.module(before(block, x), log_size, queries)
             x = x[:, :queries] if queries else x
-            x = x + _residual(block, attended, first=True)
+            x = x + residual(block, attended, first=True)
             if i in self.decide:
-                decision = self.decide[i](Tokens(block, x, before, query, key, value, log_size, patches))
+                decision = self.decide[i](Tokens(block, x, earlier, query, key, value, log_size, patches))
                 x, size, log_size, patches = self._merged(x, size, patches, decision)
-                done = (*done, Reduced(block, x.shape[1], decision.gives_back()))
+                done = (*done, decision.made(block))
                 made.append(done)
-            x = x + _residual(block, block.mlp.module(_before(block, x, first=False)), first=False)
+            x = mlp(block, x)
         return x, done, made
 
     def _merged(
@@ -236,16 +242,17 @@ class _Attend:
 
         ahead: fuses tokens by their attention (B, H, N, N); then what is fused is returned, its attention included.
         """
-        attention, heads = self.attention, self._heads
+        attention = self.attention
+        heads = functools.partial(split_heads, attention)
         if ahead is not None:
             query, key = (_rows_of(each, x) for each in (attention.query, attention.key))
-            scores = _through(attention.query_norm, heads(query)) @ _through(attention.key_norm, heads(key)).mT
+            scores = through(attention.query_norm, heads(query)) @ through(attention.key_norm, heads(key)).mT
             scores = scores * attention.scale
             return ahead((scores if log_size is None else scores + log_size[:, None, None]).softmax(-1))
-        query, key, value = _project(attention, x)
+        query, key, value = project(attention, x)
         out = functional.scaled_dot_product_attention(
-            _through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
-            _through(attention.key_norm, heads(key)),
+            through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
+            through(attention.key_norm, heads(key)),
             heads(value),
             attn_mask=None if log_size is None else log_size[:, None, None],
             scale=attention.scale,
@@ -258,14 +265,10 @@ class _Attend:
 
     def weighed(self, weights: Tensor, value: Tensor) -> Tensor:
         """The mean under attention weights (B, H, N, N) of values (B, N, H D)."""
-        return (weights @ self._heads(value)).transpose(1, 2).flatten(2)  # (B, N, H D)
+        return (weights @ split_heads(self.attention, value)).transpose(1, 2).flatten(2)  # (B, N, H D)
 
     def projected(self, x: Tensor) -> Tensor:
-        return _linear(self.attention.proj, _through(self.attention.norm, x))
-
-    def _heads(self, y: Tensor) -> Tensor:
-        """(B, N, H D) -> (B, H, N, D)."""
-        return y.unflatten(-1, (self.attention.num_heads, self.attention.head_dim)).transpose(1, 2)
+        return linear(self.attention.proj, through(self.attention.norm, x))
 
 
 class _Fused(NamedTuple):
@@ -291,53 +294,14 @@ def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches:
     share = (seen * size)[..., None]  # (B, N, 1)
     total = fusion.total(share)  # (B, M, 1)
     fused = fusion.total(x * share) / total
-    out = attend.weighed(weights, fusion.spread(attend.value(_before(block, fused))))
+    out = attend.weighed(weights, fusion.spread(attend.value(before(block, fused))))
     out = fusion.total(out * share) / total
     return _Fused(fused, attend.projected(out), fusion.total(size[..., None])[..., 0], fusion)
 
 
-def _pass(x: Tensor, *others: object, **more: object) -> Tensor:
-    """The forward of a block that an earlier one has run."""
-    return x
-
-
 def install_(run: TokenRun) -> None:
     """Makes the first block of the run do the work of all. What was installed before is replaced."""
-    first, *others = run.blocks
-    first.module.forward = run
-    for block in others:
-        block.module.forward = _pass
-    for block in run.blocks:
-        block.attention.module.forward = _Attend(block.attention)
-
-
-def _before(block: BlockView, x: Tensor, first: bool = True) -> Tensor:
-    norm = block.norm1 if first else block.norm2
-    return x if block.post_norm else norm.module(x)
-
-
-def _residual(block: BlockView, y: Tensor, first: bool) -> Tensor:
-    """What is added to x of what attention (first) or the MLP gave."""
-    norm = block.norm1 if first else block.norm2
-    y = norm.module(y) if block.post_norm else y
-    y = _through(block.layer_scale1 if first else block.layer_scale2, y)
-    return _through(block.drop_path1 if first else block.drop_path2, y)
-
-
-def _through(part: Part | None, x: Tensor) -> Tensor:
-    return x if part is None else part.module(x)
-
-
-def _project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, (B, N, H D) each, from one Linear or three."""
-    maps = (attention.query, attention.key, attention.value)
-    if not attention.is_fused:
-        query, key, value = (_linear(each, x) for each in maps)
-        return query, key, value
-    order = sorted(range(3), key=lambda i: maps[i].rows.start)
-    parts = _linear(maps[0], x).split([maps[i].rows.stop - maps[i].rows.start for i in order], -1)
-    query, key, value = (parts[order.index(i)] for i in range(3))
-    return query, key, value
+    take_over_(run.blocks, run, _Attend)
 
 
 def _rows_of(map_: LinearView, x: Tensor) -> Tensor:
@@ -345,10 +309,3 @@ def _rows_of(map_: LinearView, x: Tensor) -> Tensor:
     weight = map_.weight.mT.expand(x.shape[0], -1, -1)  # (B, C, O)
     out = torch.baddbmm(x.new_zeros(1, 1, 1), x, weight)
     return out if map_.bias is None else out + map_.bias
-
-
-def _linear(map_: LinearView, x: Tensor) -> Tensor:
-    """All rows of the Linear that a map is part of."""
-    if isinstance(map_.module, nn.Linear):
-        return map_.module(x)
-    return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))

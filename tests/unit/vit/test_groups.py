@@ -11,6 +11,7 @@ from martlet.functional.tokens import Reduction
 from martlet.techniques.tokens.evit import EViT
 from martlet.techniques.tokens.expedit import Expedit
 from martlet.techniques.tokens.mctf import MCTF
+from martlet.techniques.tokens.skipvit import SkipViT
 from martlet.techniques.tokens.tome import ToMe
 from martlet.techniques.tokens.tps import TPS
 from martlet.vit import view
@@ -88,6 +89,18 @@ def test_every_technique_can_be_followed(technique, kwargs) -> None:
         assert all(len(set(row)) <= each.num_tokens for row in each.of.tolist())
     with torch.no_grad():
         assert not torch.equal(chosen.module(images()), expected)  # the model stays as it was: reduced
+
+
+def test_patches_that_go_around_are_dropped_for_as_long_as_they_are_gone() -> None:
+    chosen = model()
+    SkipViT(r={0: 2, 1: 1}, back=3).apply_(chosen, None)  # type: ignore[arg-type]
+    first, second = groups(chosen, images())
+    assert [each.num_tokens for each in (first, second)] == [4, 3]
+    for each, gone in ((first, 2), (second, 3)):
+        for row in each.of.tolist():
+            assert row.count(-1) == gone
+            assert sorted(set(row) - {-1}) == [*range(6 - gone)]
+    assert ((first.of >= 0) | (second.of < 0)).all()
 
 
 def test_a_model_with_all_tokens_has_none() -> None:
