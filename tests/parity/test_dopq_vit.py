@@ -1,6 +1,7 @@
-"""DopQ-ViT (arXiv 2408.03291), MOSF: the median scale in plain Python, and what it can and can't change."""
+"""DopQ-ViT (arXiv 2408.03291): MOSF in plain Python, what it can and can't change, and where TanQ is."""
 
 import statistics
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from martlet.data.preprocess import Preprocess
 from martlet.functional.percentile import percentile_scales
 from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
 from martlet.graph.trace import trace
+from martlet.nn.quantizers import TableQuantizer
 from martlet.techniques.quantize.dopq_vit import DopQViT
 from martlet.techniques.quantize.repq_vit import RepQViT
 
@@ -107,12 +109,33 @@ def test_the_float_model_stays_the_same() -> None:
     assert float((logits(graph_module) - exact).norm() / exact.norm()) < 1e-4
 
 
-def test_the_scale_alone_moves_nothing() -> None:
+class ByMean(DopQViT):
+    """DopQ-ViT with RepQ-ViT's target, the mean scale."""
+
+    def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
+        return reparameterize_scales(*percentile_scales(rows.T, self.activation_bits))
+
+
+@pytest.fixture(scope="module")
+def compressed() -> Model:
+    return pipeline.run(tiny(), Recipe((DopQViT(),)), Context(images=Smooth()))
+
+
+def test_the_scale_alone_moves_nothing(compressed) -> None:
     """A LayerNorm's output and its grid scale alike, and so do weights and theirs: by median or mean, codes are one."""
-    ours, mean = (
-        pipeline.run(tiny(), Recipe((technique,)), Context(images=Smooth())) for technique in (DopQViT(), RepQViT())
-    )
-    first, second = logits(ours.module), logits(mean.module)
+    mean = pipeline.run(tiny(), Recipe((ByMean(),)), Context(images=Smooth()))
+    first, second = logits(compressed.module), logits(mean.module)
     exact = logits(tiny().module)
     assert float((first - exact).norm() / exact.norm()) > 0.02
     assert float((first - second).norm()) < 0.05 * float((first - exact).norm())
+
+
+def test_softmax_outputs_are_on_tanqs_grid(compressed) -> None:
+    """Its values lie alike at both ends; a logarithm's don't."""
+    tables = {n: q.values for n, q in compressed.module.named_modules() if isinstance(q, TableQuantizer)}
+    softmax = [v for n, v in tables.items() if n.endswith("_softmax")]
+    assert len(softmax) == 3
+    for values in softmax:
+        assert torch.allclose(values + values.flip(0), torch.ones(16), atol=1e-5)
+        assert float(values.diff().std()) > 0.01  # not evenly spaced
+    assert all(v is None for n, v in tables.items() if not n.endswith("_softmax"))

@@ -20,8 +20,8 @@ class RepQViT(PercentileGrids):
     Cost: two forward passes.
     Paper: Li et al., RepQ-ViT, 2023, arXiv 2212.08254.
     Differs: channels' ranges are those of the float model; the official code sees them with what comes before rounded.
-        Images keep 8 bits, which that code rounds like all else. LayerNorms without a bias, or before a Linear
-        without one, stay as they are; the record counts them.
+        Once the channels of a LayerNorm are alike, their grid is chosen by percentiles again; that code keeps the mean
+        one. LayerNorms without a bias, or before a Linear without one, stay as they are; the record counts them.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
     """
