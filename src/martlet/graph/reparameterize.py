@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
-from martlet.functional.reparameterize import ChannelChange
+from martlet.functional.reparameterize import ChannelChange, ScaleReparameterization
 from martlet.graph.rounding import tensor
 from martlet.graph.shifting import has_biases, norms_before_linears
 from martlet.graph.sites import module_path
@@ -17,6 +17,9 @@ from martlet.graph.trace import Walk
 
 Change = Callable[[Tensor, Sequence[Tensor]], ChannelChange]
 """From a LayerNorm's output (R, C) and the weights (O, C) that read it."""
+
+CHANGE = "channel_change"
+"""Under which a LayerNorm's node has the change it went through."""
 
 
 def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -> dict[str, int]:
@@ -45,6 +48,7 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
         if todo:
             Changes(graph_module).run(images)
         for norm in todo:
+            norm.meta[CHANGE] = changes[norm]
             parameters = [tensor(graph_module, argument) for argument in norm.args[2:4]]
             for parameter, new in zip(parameters, changes[norm].into_norm(*parameters), strict=True):
                 parameter.copy_(new)
@@ -53,3 +57,9 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
                 for parameter, new in zip(own, changes[norm].into_linear(*own), strict=True):
                     parameter.copy_(new)
     return {"reparameterized": len(todo), "layer_norms": len(norms)}
+
+
+def common_grid(norm: Node) -> ScaleReparameterization | None:
+    """The change after which the channels of a LayerNorm share one grid, and that grid; None for any other node."""
+    change = norm.meta.get(CHANGE)
+    return change if isinstance(change, ScaleReparameterization) else None
