@@ -45,6 +45,25 @@ def blocks(graph_module: GraphModule) -> list[Segment]:
     return pieces
 
 
+def bridges(graph_module: GraphModule) -> list[Segment]:
+    """What joins convolutions and attention, in order: blocks of both, or the last of one and the first of the other.
+
+    A patch embedding alone is joined to nothing.
+    """
+    kinds = {site.name: site for site in sites(graph_module)}
+    pieces, found = blocks(graph_module), list[Segment]()
+    for i, piece in enumerate(pieces):
+        its = [kinds[name] for name in piece.names]
+        if not any(site.is_attention for site in its):
+            continue
+        if any(site.kind == "conv" for site in its):
+            found.append(piece)
+        elif i > 1 and all(kinds[name].kind == "conv" for name in pieces[i - 1].names):
+            before = pieces[i - 1]
+            found.append(Segment(before.input, piece.output, (*before.names, *piece.names)))
+    return found
+
+
 def extract(graph_module: GraphModule, first: Node, last: Node) -> GraphModule:
     """A module from one tensor to another. It shares the parameters and the layers of the whole."""
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}

@@ -20,7 +20,7 @@ from martlet.graph.sites import sites
 from martlet.nn.quantizers import TableQuantizer
 
 NAMES = tuple(name for name in registry.entries() if issubclass(registry.technique(name), LowBit))
-ALIKE = {"dopq_vit", "mptq_vit", "lrp_qvit", "qserve", "mambaquant"}
+ALIKE = {"dopq_vit", "mptq_vit", "lrp_qvit", "qserve", "mambaquant", "q_hyvit"}
 """Methods that change LayerNorms or weights and leave all else to what the others use too."""
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NAMES]
 PAIRS = [
