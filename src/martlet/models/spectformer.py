@@ -31,7 +31,7 @@ from martlet.models.paper import Paper, Stated
 __all__ = ["SpectFormer"]
 
 FOURIER = {
-    "macs": "the paper's counter sees no attention and no Fourier transforms, which are products here; without, it agrees"
+    "macs": "the paper's counter sees neither attention nor transforms, which are products here; without, it agrees"
 }
 
 PAPER = Paper(

@@ -114,6 +114,28 @@ FAMILIES = {
         (64, 48),
         refused=((64, 64), r"takes images of 64 × 48, not 64 × 64; make it with img_size=\(64, 64\)"),
     ),
+    "fastervit_0": Family(
+        {
+            "img_size": (32, 48),
+            "stem_dim": 8,
+            "dim": 16,
+            "depths": (1, 2),
+            "num_heads": (2, 2),
+            "convs": 1,
+            "hat": (False, True),
+            "window": 2,
+            "carriers": 1,
+            "mlp_ratio": 2.0,
+        },
+        (32, 48),
+        refused=((32, 32), r"takes images of 32 × 48, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
+    "efficientvmamba_tiny": Family(
+        {"dim": 16, "depths": (1, 1), "scans": 1, "states": 2},
+        (32, 32),
+        others=((24, 48),),
+        refused=((32, 36), "multiples of 8, not 32 × 36"),
+    ),
 }
 
 
