@@ -15,6 +15,7 @@ from martlet.techniques.tokens.evit import EViT
 from martlet.techniques.tokens.mctf import MCTF
 from martlet.techniques.tokens.readout import Readout
 from martlet.techniques.tokens.skipvit import SkipViT
+from martlet.techniques.tokens.stvit import STViT
 from martlet.techniques.tokens.tome import ToMe
 from martlet.techniques.tokens.tps import TPS
 
@@ -25,6 +26,7 @@ TECHNIQUES = (
     MCTF(r={1: 7, 2: 3}),
     EViT(r={1: 7, 2: 3}),
     SkipViT(r={1: 7}),
+    STViT(tokens=[3, 2]),
     Readout(),
 )
 

@@ -19,9 +19,9 @@ class SkipViT(TokenReduction):
     """Let the patches that the class token attends to least go around blocks, and take them back before the last.
 
     A skip connection for tokens: what leaves is lost to the blocks between, which run on the others alone, but not to
-    the last, whose attention sees all patches again, those that skipped as they were. Adds no parameter. Made to train
-    with, where it saves time and costs no accuracy; without training it loses more than `tome` at the same number of
-    tokens, though less than dropping them for good, so here it is a model to train, or to compare with.
+    the last, whose attention sees all patches again, those that skipped as they were. Adds no parameter. A model to
+    train, which is what the paper does and saves time by. Without training it loses more than if the patches were left
+    out for good (`evit`), for the last block has never seen any that skipped, and far more than `tome`.
 
     Args:
         r: tokens that skip, from the MLP of a block on (`r: {4: 108}`, blocks counted from 0), or more at each of
@@ -29,7 +29,7 @@ class SkipViT(TokenReduction):
         back: the block before which all come back. Without it, the last.
 
     Shape: (B, N, C) to (B, N - r, C) between the blocks that are skipped, and (B, N, C) from `back` on.
-    Needs: global attention and a class token.
+    Needs: global attention and a class token; to be useful, training.
     Cost: at run time, one row of attention, a selection and a product in each block that tokens leave; a product where
         they come back.
     Paper: Ataiefard et al., SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection, 2024, arXiv
