@@ -51,7 +51,7 @@ def test_turbo_is_the_papers(kwargs: dict[str, object], alpha: float) -> None:
 
 def test_this_can_fail() -> None:
     module = vit()
-    found = logits_with(module, Turbo(r=SCHEDULE))
+    found = logits_with(module, Turbo(r=SCHEDULE, alpha=10.0))
     right = {block: merging(r) for block, r in SCHEDULE.items()}
     wrong = [
         (right, False),  # no sizes in attention

@@ -135,8 +135,8 @@ class Reduced(NamedTuple):
 
 
 Decide = Callable[[Tokens], Decision]
-Pool = Callable[[Tensor, Patches], Decision]
-"""From the tokens (B, N, C) before a block, and the patches."""
+Pool = Callable[[Tensor, Tensor | None, Patches], Decision]
+"""From the tokens (B, N, C) before a block, their sizes (B, N) unless each counts as one, and the patches."""
 Fuse = Callable[[Tensor, Tensor, Tensor, Patches], Fusion]
 """From the tokens (B, N, C) before a block, how much all look at each (B, N), sizes (B, N), and the patches."""
 
@@ -182,7 +182,7 @@ class TokenRun:
             if i in self.back:
                 x, size, log_size, patches, done = given_back(x, done), None, None, self.patches, ()
             if i in self.pool:
-                decision = self.pool[i](x, patches)
+                decision = self.pool[i](x, size, patches)
                 x, size, log_size, patches = self._merged(x, size, patches, decision)
                 done = (*done, decision.made(block))
                 made.append(done)

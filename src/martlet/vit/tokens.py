@@ -29,6 +29,7 @@ __all__ = [
     "TokenRun",
     "Tokens",
     "check_global",
+    "in_stages",
     "install_",
     "patches_of",
     "reading",
@@ -130,6 +131,15 @@ class TokenReduction(Technique):
             kept[block] = r
             patches = Patches(patches.first, patches.number - r, None)
         return found, kept
+
+
+def in_stages(patches: Patches, depth: int) -> dict[int, int]:
+    """Three tenths of the patches that are left, at one, two and three quarters of the blocks."""
+    schedule, left = {}, patches.number
+    for block in sorted({depth // 4, depth // 2, 3 * depth // 4}):
+        schedule[block] = 3 * left // 10
+        left -= schedule[block]
+    return schedule
 
 
 def _schedule(name: str, r: Any) -> Any:

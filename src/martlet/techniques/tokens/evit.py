@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from martlet.functional.tokens import fuse_rest
-from martlet.vit.tokens import Decide, Decision, Patches, TokenReduction, Tokens
+from martlet.vit.tokens import Decide, Decision, Patches, TokenReduction, Tokens, in_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,7 @@ class EViT(TokenReduction):
         return True
 
     def default(self, patches: Patches, depth: int) -> dict[int, int]:
-        schedule, left = {}, patches.number
-        for block in sorted({depth // 4, depth // 2, 3 * depth // 4}):
-            schedule[block] = 3 * left // 10
-            left -= schedule[block]
-        return schedule
+        return in_stages(patches, depth)
 
     def most(self, patches: Patches) -> int:
         return max(patches.number - 1, 0)

@@ -73,7 +73,7 @@ class Expedit(Technique):
     alpha: Any = None
     iterations: int = 5
     reach: int = 2
-    temperature: float = 0.02
+    temperature: float = 0.05
     neighbours: int = 20
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class Expedit(Technique):
         down, across = record["clusters"]
         if (down, across) != vit.tokens.grid:
             patches = patches_of(vit, record["num_tokens"])
-            pool = {0: lambda x, patches: self.decide(x, patches, (down, across))}
+            pool = {0: lambda x, size, patches: self.decide(x, patches, (down, across))}
             install_(TokenRun(vit.blocks[after:], patches, {}, False, record["num_read"], pool=pool))
 
     def decide(self, x: Tensor, patches: Patches, clusters: Grid) -> Decision:

@@ -45,7 +45,7 @@ class Turbo(TokenReduction):
     summary: ClassVar[str] = "merge tokens that are redundant and of little semantic value"
     paper: ClassVar[str] = "Ju et al., Turbo: Informativity-Driven Acceleration Plug-In, 2024, arXiv 2407.11717"
 
-    alpha: float = 10.0
+    alpha: float = 100.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
