@@ -11,7 +11,7 @@ def first_fit(lengths: Sequence[int], capacity: int, most: int | None = None) ->
     """Which go into which sequence: each in the first that has room, or in a new one.
 
     most: so many fit into a sequence, whatever room it has.
-    Source: Dehghani et al., Patch n' Pack: NaViT, 2023, arXiv 2307.06304, section 2.1 and appendix A.3.
+    Source: Dehghani et al., Patch n' Pack: NaViT, 2023, arXiv 2307.06304, section 2 and appendix.
 
     Raises:
         UsageError: one is longer than a sequence.

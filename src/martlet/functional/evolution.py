@@ -38,7 +38,7 @@ def evolve(
     can't be afforded is drawn again.
     choices: how many each gene has. cheapest: a genome that can be afforded if any can; it is in the first generation.
     ordered: genes whose choices go up, such as those of one stage; each genome has them sorted.
-    Source: Chen et al., SparseViT, 2023, arXiv 2303.17605, section 3.3; population, parents and mutation as in the
+    Source: Chen et al., SparseViT, 2023, arXiv 2303.17605, section 3; population, parents and mutation as in the
     official code, where the parents are the best of the last generation alone.
 
     Raises:

@@ -48,7 +48,7 @@ class PackedViT(nn.Module):
     the model's own. Scores of all pairs in a sequence are computed, masked ones too, so a sequence that holds a few
     images is better than one that holds many.
 
-    Source: Dehghani et al., Patch n' Pack: NaViT, 2023, arXiv 2307.06304, sections 2.1 and 2.2.
+    Source: Dehghani et al., Patch n' Pack: NaViT, 2023, arXiv 2307.06304, section 2.
 
     Raises:
         SourceError: the model has rotary positions, a class token, or a head that reads more than the mean of patches.

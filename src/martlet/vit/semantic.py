@@ -28,8 +28,8 @@ class SemanticRun:
     num_read: the last block computes only so many leading tokens; None for all, and each patch takes the value of its
     cell. recover: the last block's queries are the patches, as they were before the first block, and its keys and
     values what became of the semantic tokens.
-    Source: Chang et al., Making Vision Transformers Efficient from A Token Sparsification View, 2023, arXiv 2303.08685
-    (version 2: 2305.04241), sections 3.2 and 3.4.
+    Source: Chang et al., Making Vision Transformers Efficient from A Token Sparsification View, 2023, arXiv 2303.08685,
+    section 3.
     """
 
     blocks: tuple[BlockView, ...]

@@ -46,7 +46,7 @@ class SparseViT(Technique):
         windows or more. To be as good as the paper's, training with random ratios (its sparsity-aware adaptation).
     Cost: at run time, a sum of squares and two selections a stage, a lookup and a write in each block that prunes.
     Paper: Chen et al., SparseViT: Revisiting Activation Sparsity for Efficient High-Resolution Vision Transformer,
-        2023, arXiv 2303.17605, sections 3.1 and 3.3.
+        2023, arXiv 2303.17605, section 3.
     Differs: nothing is trained. The norm is over tokens and channels, where the official code takes that over tokens
         of the mean absolute channel. The number of windows is rounded up, there down.
     Raises: RecipeError for ratios that don't fit the model, or a model without windows; SourceError for one that isn't
@@ -135,7 +135,7 @@ def search_ratios(
     … 0.8, and in a stage ratios go up. cost: of a number of windows computed in each block; a latency table's, or,
     without one, the MACs of all blocks as a share of those with all windows. The paper's population is 100; each
     candidate costs a forward pass of all images.
-    Source: Chen et al., SparseViT, 2023, arXiv 2303.17605, section 3.3.
+    Source: Chen et al., SparseViT, 2023, arXiv 2303.17605, section 3.
 
     Raises:
         RecipeError: no windows to leave out, or a budget under the cost of the greatest ratios.

@@ -37,8 +37,8 @@ class STViT(Technique):
     Needs: global attention, a fixed image size, and two blocks from `at` on, three with `recover`. To be as good as the
         paper's, training.
     Cost: keys and values of all patches in two blocks, and with `recover` queries and an MLP of all in the last.
-    Paper: Chang et al., Making Vision Transformers Efficient from A Token Sparsification View, 2023, arXiv 2303.08685
-        and 2305.04241.
+    Paper: Chang et al., Making Vision Transformers Efficient from A Token Sparsification View, 2023, arXiv 2303.08685,
+        section 3.
     Differs: nothing is trained, and the learned global centres, which would be added in the second block, are left out.
         Cells are averaged, not maximized as in the official code of the hierarchical models. Later attention counts
         each semantic token as many times as its cell has patches. A class token goes along where there is one.
@@ -49,7 +49,7 @@ class STViT(Technique):
     name: ClassVar[str] = "stvit"
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "a few semantic tokens go through the later blocks for all patches"
-    paper: ClassVar[str] = "Chang et al., A Token Sparsification View (STViT), 2023, arXiv 2305.04241"
+    paper: ClassVar[str] = "Chang et al., A Token Sparsification View (STViT), 2023, arXiv 2303.08685"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
 
