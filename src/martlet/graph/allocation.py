@@ -42,11 +42,11 @@ def allocate_bits(
 ) -> dict[Node, tuple[int, int]]:
     """Bits of the weight and of the activations of each multiplication, within what equal bits everywhere take.
 
-    A cost is the squared error of a multiplication's output with all else in floating point, on the first IMAGES of
-    images (B, 3, H, W): each value times its gradient's square (`output_gradients`), or for `relevance` relative to the
-    output's mean square, times the share of the predicted logit that goes through it (`layer_relevance`). That of the
-    weight's rounding and that of the activations' add up. A multiplication whose operands all are decided by others, or
-    that no image reaches, keeps the average.
+    Costs of the weight's bits and of the activations' add up, on the first IMAGES of images (B, 3, H, W). For
+    `relevance` a cost is the share of the predicted logit that goes through a multiplication (`layer_relevance`)
+    times 4^-bits, as the squared error of an even grid falls. Else it is the squared error of the output with all else
+    in floating point, each value times its gradient's square (`output_gradients`). A multiplication whose operands all
+    are decided by others, or that no image reaches, keeps the average.
 
     method: one of ALLOCATIONS. budget: one of BUDGETS; under `size`, activations keep theirs.
     """
@@ -56,32 +56,22 @@ def allocate_bits(
         activations = [activation_bits]
     height, width = images.shape[-2:]
     macs = macs_by_node(graph_module, example_values(graph_module, (height, width)))
-    measure = _by_relevance if method == "relevance" else _by_gradients
-    price = measure(graph_module, found, images, seed, progress)
+    if method == "relevance":
+        price = _by_relevance(layer_relevance(graph_module, found, images, progress))
+    else:
+        gradients = output_gradients(graph_module, found, images, seed, progress, convolutions=True)
+        price = _by_gradients(gradients, rounded, len(images))
     choices: dict[Node, dict[tuple[int, int], Choice]] = {}
 
     def decide(call: Call) -> Fitted:
         node = call.site.node
-        if not (call.operands or call.weight is not None) or price(call, call.output) is None:
+        if (costs := price(call, weights, activations)) is None:
             return Fitted({})
-
-        def cost(now: Mapping[int, Tensor]) -> float:
-            return price(call, call.multiply(now) - call.output) or 0.0
-
-        by_bits = {bits: rounded(call, bits) for bits in {*weights, *activations}}
-        inputs = {
-            bits: cost({p: quantizer(call.operands[p].value) for p, quantizer in by_bits[bits].operands.items()})
-            for bits in activations
-        }
-        if call.weight is None or call.site.weight is None:
-            choices[node] = {
-                (weight_bits, a): Choice(inputs[a], (0.0, float(macs[node].macs * a * a))) for a in activations
-            }
+        parameters, inputs = costs
+        if call.weight is None:
+            work = {a: macs[node].macs * a * a for a in activations}
+            choices[node] = {(weight_bits, a): Choice(inputs[a], (0.0, float(work[a]))) for a in activations}
             return Fitted({})
-        parameters = {}
-        for bits in weights:
-            quantizer = by_bits[bits].weight
-            parameters[bits] = cost({} if quantizer is None else {call.site.weight: quantizer()})
         size, work = call.weight.numel(), macs[node].macs
         choices[node] = {
             (w, a): Choice(inputs[a] + parameters[w], (float(size * w), float(work * w * a)))
@@ -91,39 +81,49 @@ def allocate_bits(
         return Fitted({})
 
     fit(graph_module, found, images, decide, False, progress)
-    average = (weight_bits, activation_bits)
-    kept = BUDGETS[budget]
+    average, kept = (weight_bits, activation_bits), BUDGETS[budget]
     budgets = [sum(its[average].uses[i] for its in choices.values()) for i in kept]
     layers = [[Choice(c.cost, tuple(c.uses[i] for i in kept)) for c in its.values()] for its in choices.values()]
     picked = ALLOCATIONS[method](layers, budgets)
     return {node: list(its)[i] for (node, its), i in zip(choices.items(), picked, strict=True)}
 
 
-Price = Callable[[Call, Tensor], float | None]
-"""What an error of a call's output costs; None where no image reaches it."""
+Costs = tuple[dict[int, float], dict[int, float]]
+"""By bits of the weight, and by those of the activations."""
+Price = Callable[[Call, Sequence[int], Sequence[int]], Costs | None]
+"""Costs of a call at bits of its weight and its activations; None where there is nothing to choose."""
 
 
-def _by_gradients(
-    graph_module: GraphModule, found: Sequence[Site], images: Tensor, seed: int, progress: Progress
-) -> Price:
-    gradients = output_gradients(graph_module, found, images, seed, progress, convolutions=True)
-
-    def price(call: Call, error: Tensor) -> float | None:
-        if call.site.node not in gradients:
+def _by_gradients(gradients: Mapping[Node, Tensor], rounded: Round, images: int) -> Price:
+    def price(call: Call, weights: Sequence[int], activations: Sequence[int]) -> Costs | None:
+        node, attention = call.site.node, call.site.is_attention
+        if node not in gradients or not (call.operands or call.weight is not None):
             return None
-        weighted = sample(error, len(images), call.site.is_attention) * gradients[call.site.node]
-        return float(weighted.double().square().mean() * error.numel())
+        exact = sample(call.output, images, attention)
+
+        def cost(now: Mapping[int, Tensor]) -> float:
+            error = sample(call.multiply(now), images, attention) - exact
+            return float((error * gradients[node]).double().square().mean() * call.output.numel())
+
+        by_bits = {bits: rounded(call, bits) for bits in {*weights, *activations}}
+        parameters = dict.fromkeys(weights, 0.0)
+        for bits in weights:
+            if call.site.weight is not None and (quantizer := by_bits[bits].weight) is not None:
+                parameters[bits] = cost({call.site.weight: quantizer()})
+        inputs = {
+            bits: cost({p: quantizer(call.operands[p].value) for p, quantizer in by_bits[bits].operands.items()})
+            for bits in activations
+        }
+        return parameters, inputs
 
     return price
 
 
-def _by_relevance(
-    graph_module: GraphModule, found: Sequence[Site], images: Tensor, seed: int, progress: Progress
-) -> Price:
-    shares = layer_relevance(graph_module, found, images, progress)
-
-    def price(call: Call, error: Tensor) -> float | None:
-        share, signal = shares[call.site.node], float(call.output.double().square().mean())
-        return share * float(error.double().square().mean()) / signal if share and signal else None
+def _by_relevance(shares: Mapping[Node, float]) -> Price:
+    def price(call: Call, weights: Sequence[int], activations: Sequence[int]) -> Costs | None:
+        share = shares[call.site.node]
+        if not share or not (call.operands or call.weight is not None):
+            return None
+        return tuple({b: share * 4.0**-b for b in its} for its in (weights, activations))  # type: ignore[return-value]
 
     return price

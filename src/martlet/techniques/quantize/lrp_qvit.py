@@ -33,10 +33,11 @@ class LRPQViT(PercentileGrids):
     Cost: two forward passes.
     Paper: Ranjan and Savakis, LRP-QViT, 2024, arXiv 2401.11243: its clipped channel-wise quantizer; bits by layer-wise
         relevance propagation are in `graph.relevance` and `graph.allocation`.
-    Differs: the paper's equations weren't at hand. A layer's relevance is multiplied with the relative error of its
-        output at each width, and an integer programme takes the least sum of these. Clipped ranges end some standard deviations of the channels' ends from their mean, as many as give the layer behind the
-        least output error, or nowhere. The one grid of a LayerNorm's output is chosen by that error too; all else is
-        RepQ-ViT's. LayerNorms without a bias, or before a Linear without one, stay as they are; the record counts them.
+    Differs: the paper's equations weren't at hand. A layer's share in the logit, times a quarter for every bit, is
+        what an integer programme keeps small. Clipped ranges end some standard deviations of the channels' ends from
+        their mean, as many as give the layer behind the least output error, or nowhere. The one grid of a LayerNorm's
+        output is chosen by that error too; all else is RepQ-ViT's. LayerNorms without a bias, or before a Linear
+        without one, stay as they are; the record counts them.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
     """
