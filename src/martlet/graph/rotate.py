@@ -204,8 +204,11 @@ class _Search:
         self._above(norm, norm.args[0], -1)
         while self.pending:
             node, axis = self.pending.pop()
-            if self.axes.setdefault(node, axis) != axis:
-                raise _Stuck("its channels change their place")
+            known = node in self.axes
+            self._needs(self.axes.setdefault(node, axis) == axis, "its channels change their place")
+            self._needs(self.values[node].shape[axis] == self.width, "more channels are put beside its own")
+            if known:
+                continue
             self._writes(node, axis)
             for consumer, operand, ids in self._readers(node, axis):
                 self._reads(node, consumer, operand, ids)
@@ -256,11 +259,11 @@ class _Search:
         if consumer.target is aten.layer_norm.default and consumer.args[1] == [self.width] and axis == -1:
             self._norm(consumer)
         elif consumer.target in (aten.add.Tensor, aten.cat.default):
-            self.pending += [] if consumer in self.axes else [(consumer, axis)]
+            self.pending.append((consumer, axis))
         elif consumer.target is aten.mean.dim:
             self._mean(consumer, ids)
         elif consumer.target is aten.mul.Tensor and (found := self._layer_scale(consumer, axis)) and found[0] is node:
-            self.pending += [] if consumer in self.axes else [(consumer, axis)]
+            self.pending.append((consumer, axis))
         elif self._is_reader(consumer, operand, axis):
             if consumer not in self.stream.readers:
                 self.stream.readers.append(consumer)
@@ -292,7 +295,7 @@ class _Search:
         axis = self._mean_axis(mean, ids)
         if axis is None:
             raise _Stuck("a mean over its channels")
-        self.pending += [] if mean in self.axes else [(mean, axis)]
+        self.pending.append((mean, axis))
 
     def _mean_axis(self, mean: Node, ids: Tensor) -> int | None:
         return _axis(ids.double().mean(*mean.args[1:]), self.width)  # type: ignore[arg-type]
