@@ -15,6 +15,7 @@ from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.data.preprocess import Preprocess
 from martlet.nn.interpreter import Interpreter
+from martlet.techniques.tokens import ia_red2
 from martlet.techniques.tokens.ia_red2 import IARED2, relax
 from martlet.vit import view
 from martlet.vit.tokens import TokenRun, install_, patches_of
@@ -124,7 +125,8 @@ def test_what_policies_learn_on_is_what_will_run() -> None:
         )
 
 
-def test_policies_learn_to_change_less() -> None:
+def test_policies_learn_to_change_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ia_red2, "RATE", 1e-3)
     model, record = reduced(vit(), r={1: 6, 2: 4}, steps=60)
     assert record["kl_mean"]["after"] < 0.8 * record["kl_mean"]["before"]
     fresh = vit()
@@ -132,6 +134,24 @@ def test_policies_learn_to_change_less() -> None:
     assert not torch.equal(fresh(images()), logits(model))  # policies begin as they begin
     fresh.load_state_dict(model.module.state_dict(), strict=True)
     assert torch.equal(fresh(images()), logits(model))
+
+
+def test_policies_that_learned_worse_are_left_as_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    begins, _ = reduced(vit(), r={1: 6}, steps=0)
+    worse = {"before": 0.1, "after": 0.2}
+    monkeypatch.setattr(IARED2, "_learn", lambda self, taken, policies, *others: _spoil(policies) or worse)
+    left, record = reduced(vit(), r={1: 6}, steps=1)
+    assert record["kl_mean"] == worse
+    assert torch.equal(logits(left), logits(begins))
+    worse["after"] = 0.05
+    taken, _ = reduced(vit(), r={1: 6}, steps=1)
+    assert not torch.equal(logits(taken), logits(begins))
+
+
+def _spoil(policies: dict[int, Interpreter]) -> None:
+    for policy in policies.values():
+        for parameter in policy.parameters():
+            torch.nn.init.normal_(parameter)
 
 
 def test_a_copy_has_policies_of_its_own() -> None:

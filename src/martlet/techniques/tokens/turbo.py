@@ -25,7 +25,8 @@ class Turbo(TokenReduction):
         r: tokens to remove in every block (`r: 8`) or in some (`r: {4: 64, 8: 32}`, blocks counted from 0), at most
             those that aren't destinations. Without it, half of the patches after five twelfths of the blocks, once.
         alpha: how much attention weighs against the cosine; 0 leaves only redundancy, a large number only value. An
-            even attention to 196 patches is 0.005 for each.
+            even attention to 196 patches is 0.005 for each. The default is what loses least on ViT-Ti where half goes
+            at once; with few patches removed in early blocks less is better.
 
     Shape: (B, N, C) to (B, N - r, C) between blocks. Where only the class token is read, the last block computes only
         it, and where all are, each token gets the value of its group at the end.
