@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import pi
 from typing import Any
@@ -30,9 +31,7 @@ from martlet.models.paper import Paper, Stated
 
 __all__ = ["SpectFormer"]
 
-FOURIER = {
-    "macs": "the paper's counter sees neither attention nor transforms, which are products here; without, it agrees"
-}
+SEEN = {"macs": "the paper's counter sees convolutions and Linear layers alone; counted so, it agrees"}
 
 PAPER = Paper(
     title="SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
@@ -42,15 +41,9 @@ PAPER = Paper(
     code="https://github.com/badripatro/SpectFormers",
     license="none",
     models={
-        "spectformer_h_small": Stated(
-            params="22.2M", macs="3.9G", top1_pct=84.3, counts_attention=False, differs=FOURIER
-        ),
-        "spectformer_h_base": Stated(
-            params="33.1M", macs="6.3G", top1_pct=85.0, counts_attention=False, differs=FOURIER
-        ),
-        "spectformer_h_large": Stated(
-            params="54.7M", macs="12.7G", top1_pct=85.7, counts_attention=False, differs=FOURIER
-        ),
+        "spectformer_h_small": Stated(params="22.2M", macs="3.9G", top1_pct=84.3, differs=SEEN),
+        "spectformer_h_base": Stated(params="33.1M", macs="6.3G", top1_pct=85.0, differs=SEEN),
+        "spectformer_h_large": Stated(params="54.7M", macs="12.7G", top1_pct=85.7, differs=SEEN),
     },
     differs="Fourier transforms are products with real matrices, which every engine has and can round to integers.",
 )
@@ -129,6 +122,8 @@ class SpectFormer(Backbone):
         spectral: Stages from the first that filter the spectrum: the paper's alpha.
     """
 
+    filter_layer: Callable[[int, tuple[int, int]], nn.Module] = SpectralGate
+
     def __init__(
         self,
         *,
@@ -149,7 +144,7 @@ class SpectFormer(Backbone):
             c, size = dims[i], (h // (4 * 2**i), w // (4 * 2**i))
             blocks = []
             for rate in rates:
-                mixer = SpectralGate(c, size) if i < spectral else SelfAttention(c, num_heads[i])
+                mixer = type(self).filter_layer(c, size) if i < spectral else SelfAttention(c, num_heads[i])
                 blocks.append(Block(c, mixer, DepthwiseMlp(c, int(mlp_ratios[i] * c)), rate, norm_layer))
             before = dims[i - 1]
             merge = nn.Sequential(LayerNorm2d(before), nn.Conv2d(before, c, 3, 2, 1), LayerNorm2d(c, eps=1e-5))

@@ -91,6 +91,19 @@ FAMILIES = {
         (32, 40),
         refused=((32, 32), r"takes images of 32 × 40, not 32 × 32; make it with img_size=\(32, 32\)"),
     ),
+    "svt_h_small": Family(
+        {
+            "img_size": (32, 48),
+            "stem_dim": 8,
+            "dims": (16, 32),
+            "depths": (1, 1),
+            "num_heads": (2, 2),
+            "mlp_ratios": (2, 2),
+            "spectral": 1,
+        },
+        (32, 48),
+        refused=((32, 32), r"takes images of 32 × 48, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
     "kat_tiny_patch16_224": Family(
         {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
         (32, 32),

@@ -1,10 +1,11 @@
-"""The spectral gate is a circular convolution; what alpha splits; MACs of the paper, which sees no transforms."""
+"""The spectral gate is a circular convolution; what alpha splits; MACs as the papers of this and of SVT count them."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from martlet import models
+from martlet.models import spectformer, svt
 from martlet.models.backbone import SelfAttention
 from martlet.models.spectformer import SpectralGate
 
@@ -51,14 +52,21 @@ def test_alpha_splits_the_stages():
     assert kinds == [{SpectralGate}] * 3 + [{SelfAttention}]
 
 
-@pytest.mark.parametrize("name", ["spectformer_h_small", "spectformer_h_base", "spectformer_h_large"])
-def test_macs_without_transforms_and_attention_are_the_papers(name):
+@pytest.mark.parametrize("name", [*spectformer.PAPER.models, *svt.PAPER.models])
+def test_macs_of_convolutions_and_linear_layers_are_the_papers(name):
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         module = models.create(name).eval()
         module(torch.zeros(1, 3, 224, 224))
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counts.items() if "bmm" in str(op) or "attention" in str(op))
-    gates = [part for part in module.modules() if isinstance(part, SpectralGate)]
-    rows = sum(2 * gate.weight.shape[2] * gate.rows.numel() * gate.weight.shape[0] for gate in gates)
-    macs = (counter.get_total_flops() - products) // 2 - rows
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    assert set(counts) == {"aten.addmm", "aten.bmm", "aten.convolution", "aten.mm"}
+    transforms = 0  # over rows, which are `mm` as Linear layers are; those over columns, and attention, are `bmm`
+    for part in module.modules():
+        if isinstance(part, SpectralGate | svt.Scattering):
+            h, c = (
+                (part.weight.shape[0], part.weight.shape[2])
+                if isinstance(part, SpectralGate)
+                else part.low.shape[1::-1]
+            )
+            transforms += c * h * (part.rows.numel() + part.rows_back.numel())
+    macs = (counter.get_total_flops() - counts["aten.bmm"]) // 2 - transforms
     assert models.paper(name).models[name].agrees("macs", macs)
