@@ -29,9 +29,10 @@ class RSQ(SequentialWeights):
     """Quantize the weights of every Linear to a few bits, for the tokens that others attend to more than for the rest.
 
     Residual streams and v of each head are rotated by Hadamard matrices, which goes into the weights and leaves no
-    outlier among them; then each Linear is rounded as GPTQ does. For a small file, as `gptq`, and no faster. Linears
-    outside an attention's block, the last one among them, see all their rows alike, and so do those whose tokens
-    aren't laid out as in the attention.
+    outlier among them; then each Linear is rounded as GPTQ does. For a small file, as `gptq`, and no faster. Where
+    groups of weights have scales of their own, rotations have little left to gain: at 3 bits, in groups of 32, `gptq`
+    kept more of ViT-Ti (64 % against 60 % of 100 images, simulated). Linears outside an attention's block, the last one
+    among them, see all their rows alike, and so do those whose tokens aren't laid out as in the attention.
 
     Args:
         tokens: `attention`, a token counts by the attention it gets (attention concentration); `equal`, all alike,
