@@ -60,6 +60,12 @@ class Model:
         return any(hasattr(module, "simulated") for module in self.module.modules())
 
     @property
+    def formats(self) -> frozenset[str]:
+        """The formats that tensors are rounded to whose codes aren't evenly spaced."""
+        rounding = (module for module in self.module.modules() if hasattr(module, "simulated"))
+        return frozenset(its for module in rounding if (its := getattr(module, "format", None)))
+
+    @property
     def simulated(self) -> bool:
-        """True if some tensor is rounded in a way that no engine's kernel can use."""
+        """True if some tensor is rounded in a way that no engine's kernel can use, whatever its format."""
         return any(getattr(module, "simulated", False) for module in self.module.modules())

@@ -32,6 +32,8 @@ class Op:
     microseconds: mean time per call. A kernel that multiplied in several precisions gives one Op for each, and shares
     its time between them by their MACs.
     sources: names in the model file that were fused into it.
+    weights: the type in which its kernel reads the second operand (`i8`, `nf4`, `f32`); empty where the engine doesn't
+    tell.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Op:
     attention: bool = False
     microseconds: float = 0.0
     sources: tuple[str, ...] = ()
+    weights: str = ""
 
 
 class Session(ABC):
@@ -71,6 +74,8 @@ class Engine(ABC):
     int8: ClassVar[Int8Form] = Int8Form()
     integer_kernels: ClassVar[bool] = True
     """False where integers are multiplied as floating point: its rounding is right, and its time means nothing."""
+    formats: ClassVar[frozenset[str]] = frozenset()
+    """The formats of weights, besides integers, that a kernel of it reads."""
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     """What it can compute floating-point parts in, on a machine that has all of them."""
     profile_source: ClassVar[str]
@@ -90,7 +95,7 @@ class Engine(ABC):
 
     def simulates(self, model: Model) -> bool:
         """True if the model is rounded in a way that this engine has no kernels for."""
-        return model.simulated or (model.rounded and not self.integer_kernels)
+        return model.simulated or (model.rounded and not self.integer_kernels) or not model.formats <= self.formats
 
     @abstractmethod
     def lower(self, model: Model, folder: Path) -> list[str]:

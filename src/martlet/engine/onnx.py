@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from martlet.core.errors import EngineError
 from martlet.core.model import Model
@@ -70,6 +70,7 @@ def to_onnx(model: Model, path: Path) -> None:
     _name_nodes_(proto.graph)
     _name_batch_(proto.graph)
     _narrow_(proto.graph)
+    _transpose_groups_(proto.graph)
     _drop_zero_points_(proto.graph)
     try:
         onnx.save(proto, path)
@@ -107,7 +108,7 @@ def _prepared(module: GraphModule) -> GraphModule:
 
 
 def _unpack_weights_(graph_module: GraphModule) -> None:
-    """Packed weights become integers of a byte, which `_narrow_` packs again in ONNX's way."""
+    """Packed weights become a byte each, which `_narrow_` packs again in ONNX's way."""
     from martlet.nn.quantizers import PackedWeightQuantizer
 
     graph = graph_module.graph
@@ -115,20 +116,19 @@ def _unpack_weights_(graph_module: GraphModule) -> None:
         quantizer = graph_module.get_submodule(str(node.target))
         if not isinstance(quantizer, PackedWeightQuantizer):
             continue
-        values, *parameters = quantizer.integers()
-        if quantizer.scale.shape[1] == 1:
-            parameters = [None if p is None else p.flatten() for p in parameters]
+        function, operands = quantizer.operation()
+        rows, arguments = operands[0].shape, []  # (O, I), or (O, groups, n)
         with graph.inserting_before(node):
-            operands: list[Node | None] = []
-            for name, tensor in zip(("values", "scale", "zero_point"), (values, *parameters), strict=True):
-                if tensor is not None:
-                    graph_module.register_buffer(f"{node.name}_{name}", tensor)
-                operands.append(None if tensor is None else graph.get_attr(f"{node.name}_{name}"))
-            weight = graph.call_function(torch.ops.martlet.dequantize_groups.default, (*operands, quantizer.bits))
+            for i, operand in enumerate(operands):
+                if isinstance(operand, torch.Tensor):
+                    graph_module.register_buffer(f"{node.name}_{i}", operand)
+                    operand = graph.get_attr(f"{node.name}_{i}")
+                arguments.append(operand)
+            weight = graph.call_function(function, tuple(arguments))
             moved = [*range(1, quantizer.axis + 1), 0, *range(quantizer.axis + 1, len(quantizer.shape))]
-            if len(moved) != 2:
-                sizes = [quantizer.shape[quantizer.axis], *quantizer.shape[: quantizer.axis]]
-                sizes += quantizer.shape[quantizer.axis + 1 :]
+            sizes = [quantizer.shape[quantizer.axis], *quantizer.shape[: quantizer.axis]]
+            sizes += quantizer.shape[quantizer.axis + 1 :]
+            if [*rows] != sizes:
                 weight = graph.call_function(torch.ops.aten.reshape.default, (weight, sizes))
             if quantizer.axis != 0:
                 weight = graph.call_function(torch.ops.aten.permute.default, (weight, moved))
@@ -166,14 +166,52 @@ def _narrow_(graph: onnx.GraphProto) -> None:
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        if node.op_type == "Cast" and helper.get_node_attr_value(node, "to") == TensorProto.INT4:
-            values = numpy_helper.to_array(tensors[node.input[0]])
-            halves = np.pad(values.reshape(-1).view(np.uint8) & 15, (0, values.size % 2))
-            packed = (halves[::2] | halves[1::2] << 4).tobytes()
-            graph.initializer.append(
-                helper.make_tensor(node.output[0], TensorProto.INT4, values.shape, packed, raw=True)
-            )
+        to = helper.get_node_attr_value(node, "to") if node.op_type == "Cast" else None
+        if to is not None and to in (TensorProto.INT4, TensorProto.UINT4):
+            graph.initializer.append(_halves(node.output[0], numpy_helper.to_array(tensors[node.input[0]]), to))
             graph.node.remove(node)
+
+
+def _halves(name: str, values: np.ndarray, kind: int) -> onnx.TensorProto:
+    """Integers of a byte as a tensor of 4-bit ones."""
+    from onnx import helper
+
+    halves = np.pad(values.reshape(-1).view(np.uint8) & 15, (0, values.size % 2))
+    return helper.make_tensor(name, kind, values.shape, (halves[::2] | halves[1::2] << 4).tobytes(), raw=True)
+
+
+def _transpose_groups_(graph: onnx.GraphProto) -> None:
+    """Stores weights of 4 bits or in groups as the product takes them, (I, O), and not as their transposes.
+
+    Only so has ONNX Runtime a kernel that multiplies them; else it makes floats of them each time.
+    """
+    from onnx import TensorProto, numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    made = {node.output[0]: node for node in graph.node}
+    users = Counter(name for node in graph.node for name in node.input)
+    for node in list(graph.node):
+        above = made.get(node.input[0]) if node.op_type == "Transpose" else None
+        if above is None or above.op_type != "DequantizeLinear" or users[above.output[0]] > 1:
+            continue
+        attributes = {attribute.name: attribute for attribute in above.attribute}
+        if tensors[above.input[0]].data_type != TensorProto.INT4 and "block_size" not in attributes:
+            continue
+        for i, name in enumerate(above.input):
+            array, turned = numpy_helper.to_array(tensors[name]), f"{name}_transposed"
+            if array.ndim == 2 and turned not in tensors:
+                few = tensors[name].data_type == TensorProto.INT4
+                array = np.ascontiguousarray(array.T)
+                tensors[turned] = (
+                    _halves(turned, array.astype(np.int8), TensorProto.INT4)
+                    if few
+                    else numpy_helper.from_array(array, turned)
+                )
+                graph.initializer.append(tensors[turned])
+            above.input[i] = turned if array.ndim == 2 else name
+        attributes["axis"].i = 1 - attributes["axis"].i
+        above.output[0] = node.output[0]
+        graph.node.remove(node)
 
 
 def _drop_zero_points_(graph: onnx.GraphProto) -> None:

@@ -33,6 +33,7 @@ class OpenVINO(Engine):
 
     name: ClassVar[str] = "openvino"
     int8: ClassVar[Int8Form] = Int8Form(add=True)
+    formats: ClassVar[frozenset[str]] = frozenset({"nf4"})
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16", "f16")
     profile_source: ClassVar[str] = "OpenVINO runtime model"
 
@@ -47,14 +48,22 @@ class OpenVINO(Engine):
 
     def lower(self, model: Model, folder: Path) -> list[str]:
         from martlet.engine.onnx import to_onnx
+        from martlet.nn.quantizers import ActivationQuantizer
 
         ov = _openvino()
         self.check_precision(model.precision)
+        if any(isinstance(part, ActivationQuantizer) and part.format for part in model.module.modules()):
+            raise EngineError(
+                f"{model.name} rounds activations to 8-bit floats, which openvino leaves out; compress it with "
+                "--engine onnxruntime or torch, which simulate it"
+            )
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
             to_onnx(model, path)
             try:
-                ov.save_model(_core().read_model(path), folder / XML, compress_to_fp16=False)
+                read = _core().read_model(path)
+                _restore_normal_floats_(read)
+                ov.save_model(read, folder / XML, compress_to_fp16=False)
             except RuntimeError as error:
                 raise self.refuse(f"read {model.name}", error) from error
         return [XML, BIN]
@@ -144,12 +153,13 @@ class _Product(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """A node of the runtime model."""
+    """A node of the runtime model. weights: the type of its second input."""
 
     name: str
     kind: str
     precision: str
     sources: tuple[str, ...]
+    weights: str
 
     @classmethod
     def read(cls, op: ov.Node) -> _Node:
@@ -167,6 +177,7 @@ class _Node(NamedTuple):
             text("layerType"),
             KERNEL_PRECISIONS.get(precision, precision),
             tuple(s for s in text("originalLayersNames").split(",") if s),
+            op.get_input_element_type(1).get_type_name() if op.get_input_size() > 1 else "",
         )
 
 
@@ -197,6 +208,25 @@ def _times(request: ov.InferRequest, images: np.ndarray, repeats: int) -> dict[s
             for node in request.get_profiling_info():
                 total[node.node_name] += node.real_time.total_seconds() * 1e6 / repeats
     return total
+
+
+def _restore_normal_floats_(model: ov.Model) -> None:
+    """What ONNX has to write as a lookup of 4-bit places in the table of NF4 becomes weights of that type."""
+    import openvino as ov
+    from openvino import opset13
+
+    from martlet.functional.formats import table
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Gather":
+            continue
+        values, places = (node.input_value(i).get_node() for i in (0, 1))
+        codes = places.input_value(0).get_node() if places.get_type_name() == "Convert" else places
+        if values.get_type_name() == codes.get_type_name() == "Constant" and codes.get_element_type() == ov.Type.u4:
+            assert isinstance(values, ov.op.Constant) and isinstance(codes, ov.op.Constant)
+            if np.array_equal(values.data, np.array(table("nf4"), dtype=np.float32)):
+                weight = opset13.constant(ov.Tensor(codes.data, codes.shape, ov.Type.nf4), shared_memory=False)
+                node.output(0).replace(opset13.convert(weight, ov.Type.f32).output(0))
 
 
 def _products(model: ov.Model, batch: int) -> list[_Product]:
@@ -287,4 +317,5 @@ def _ops(node: _Node, products: list[_Product], microseconds: float, inside: Map
             attention=attention,
             microseconds=microseconds * macs / sum(product.macs for product in products),
             sources=node.sources if len(groups) == 1 else tuple(product.names[0] for product in members),
+            weights=node.weights,
         )

@@ -1,4 +1,4 @@
-"""Affine (uniform) quantization, as ONNX QuantizeLinear and DequantizeLinear define it."""
+"""Affine quantization, as ONNX QuantizeLinear and DequantizeLinear define it: to integers, or to 8-bit floats."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from martlet.core.errors import NumericsError
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int = -1) -> Tensor:
-    """round(x / scale) + zero_point, saturated to zero_point's integer type; halves go to even.
+    """round(x / scale) + zero_point, saturated to zero_point's type, an integer or an 8-bit float; halves go to even.
 
-    scale and zero_point are scalars, or vectors along `axis`. Returns x's shape in zero_point's type.
+    scale and zero_point are scalars, or vectors along `axis`. Returns x's shape in zero_point's type. The zero point of
+    an 8-bit float is 0.
     """
-    limits = torch.iinfo(zero_point.dtype)
     scale, zero = _along(scale, x, axis), _along(zero_point, x, axis)
+    if zero_point.dtype.is_floating_point:
+        limit = torch.finfo(zero_point.dtype).max
+        return torch.clamp(x / scale, -limit, limit).to(zero_point.dtype)
+    limits = torch.iinfo(zero_point.dtype)
     return torch.clamp(torch.round(x / scale) + zero, limits.min, limits.max).to(zero_point.dtype)
 
 

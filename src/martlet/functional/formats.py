@@ -17,6 +17,7 @@ from torch import Tensor
 from martlet.functional.logarithmic import check_bits
 
 CLIP_STEP = 0.01  # between the fractions of the range that a search for the best clipping tries
+FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 class WeightGrid(Protocol):
@@ -159,6 +160,37 @@ def powers_of_two(bits: int) -> tuple[float, ...]:
     """
     check_bits(bits, most=5)
     return _mirrored([2.0**-k for k in reversed(range(2 ** (bits - 1) - 1))])
+
+
+TABLES = {"nf4": normal_float4, "power_of_two": lambda: powers_of_two(4)}
+"""Formats of 4 bits that are no integers, by name."""
+
+
+@cache
+def table(name: str) -> tuple[float, ...]:
+    """The values of one of TABLES, in the order of their codes.
+
+    Raises:
+        KeyError: no such format.
+    """
+    return TABLES[name]()
+
+
+def fitting_group_size(columns: int, group_size: int) -> int:
+    """The largest size up to `group_size` that divides the columns; 0 and what is larger are all of them.
+
+    Raises:
+        ValueError: it is less than half of what was asked for.
+    """
+    if group_size == 0 or group_size >= columns:
+        return columns
+    size = next(size for size in range(group_size, 0, -1) if columns % size == 0)
+    if 2 * size < group_size:
+        raise ValueError(
+            f"has {columns} input features, which no groups of {(group_size + 1) // 2} to {group_size} divide; choose "
+            "another group_size, or 0 for one scale a row"
+        )
+    return size
 
 
 def _mirrored(positive: list[float]) -> tuple[float, ...]:

@@ -20,7 +20,10 @@ ACTIVATIONS = {
 
 
 def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
-    """Tensor kind to `8`, or to `8 (47), bf16 (2)` where kinds differ; `floating` names what isn't rounded."""
+    """Tensor kind to `8`, or to `8 (47), bf16 (2)` where kinds differ; `floating` names what isn't rounded.
+
+    What isn't evenly spaced goes by its format: `nf4`, `fp8_e4m3`.
+    """
     counts: dict[str, Counter[str]] = {}
     found = list(sites(graph_module))
     for site in found:
@@ -96,7 +99,8 @@ def _is_channel_scale(graph_module: GraphModule, node: Node) -> bool:
 
 def _bits(graph_module: GraphModule, node: Node, floating: str) -> str:
     if node.op == "call_module":
-        bits = getattr(graph_module.get_submodule(str(node.target)), "bits", None)
+        module = graph_module.get_submodule(str(node.target))
+        bits = getattr(module, "format", None) or getattr(module, "bits", None)
         if bits is not None:
             return str(bits)
     return floating

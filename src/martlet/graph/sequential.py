@@ -15,7 +15,7 @@ from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.formats import IntegerGrid
+from martlet.functional.formats import IntegerGrid, fitting_group_size
 from martlet.functional.gptq import RoundedWeight, gptq, input_hessian
 from martlet.graph import rounding
 from martlet.graph.sites import Site, aten, sites
@@ -127,15 +127,10 @@ class SequentialWeights(Technique):
 
     def _group_size(self, name: str, inputs: int) -> int:
         """The largest size, up to the one asked for, that divides the inputs."""
-        if self.group_size == 0 or self.group_size >= inputs:
-            return inputs
-        size = next(size for size in range(self.group_size, 0, -1) if inputs % size == 0)
-        if 2 * size < self.group_size:
-            raise RecipeError(
-                f"{self.name}: {name} has {inputs} input features, which no groups of {(self.group_size + 1) // 2} to "
-                f"{self.group_size} divide; choose another group_size, or 0 for one scale a row"
-            )
-        return size
+        try:
+            return fitting_group_size(inputs, self.group_size)
+        except ValueError as error:
+            raise RecipeError(f"{self.name}: {name} {error}") from None
 
 
 class Sequential(Walk):

@@ -1,6 +1,7 @@
 """Layers that round tensors in a traced graph. Their tensors are buffers, so a state dict holds all they know.
 
-A quantizer says of itself whether an engine has a kernel for it (`simulated`).
+A quantizer says of itself whether any engine has a kernel for it (`simulated`), and what its `format` is if its codes
+aren't evenly spaced: then an engine says whether it has a kernel (`Engine.formats`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from martlet.functional import affine
+from martlet.functional.formats import FLOAT8, table
 from martlet.functional.packing import pack, unpack
 from martlet.functional.ranges import weight_scale_mse
 from martlet.functional.table import Table, lookup
@@ -22,6 +24,7 @@ _library = torch.library.Library("martlet", "DEF")
 _library.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor")
 _library.define("dequantize(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
 _library.define("dequantize_groups(Tensor values, Tensor scale, Tensor? zero_point, int bits) -> Tensor")
+_library.define("dequantize_codes(Tensor codes, Tensor scale, Tensor values) -> Tensor")
 _library.define("lookup(Tensor x, Tensor edges, Tensor values) -> Tensor")
 _library.impl("quantize", affine.quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", affine.dequantize, "CompositeExplicitAutograd")
@@ -29,6 +32,9 @@ _library.impl(
     "dequantize_groups",
     lambda q, scale, zero_point, bits: affine.dequantize_groups(q, scale, zero_point),
     "CompositeExplicitAutograd",
+)
+_library.impl(
+    "dequantize_codes", lambda codes, scale, values: values[codes.long()] * scale, "CompositeExplicitAutograd"
 )
 _library.impl("lookup", lookup, "CompositeExplicitAutograd")
 
@@ -48,13 +54,23 @@ def _(values: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Te
     return torch.empty_like(values, dtype=scale.dtype)
 
 
+@torch.library.register_fake("martlet::dequantize_codes")
+def _(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
 @torch.library.register_fake("martlet::lookup")
 def _(x: Tensor, edges: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=values.dtype)
 
 
+def _float8(dtype: torch.dtype) -> str | None:
+    """The name of an 8-bit float; None of an integer."""
+    return next((name for name, its in FLOAT8.items() if its == dtype), None)
+
+
 class ActivationQuantizer(nn.Module):
-    """Rounds an activation of any shape to one affine grid and back."""
+    """Rounds an activation of any shape to one affine grid of 8 bits, integers or floats, and back."""
 
     simulated: ClassVar[bool] = False
     scale: Tensor
@@ -67,14 +83,20 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def bits(self) -> int:
-        return torch.iinfo(self.zero_point.dtype).bits
+        return 8 * self.zero_point.itemsize
+
+    @property
+    def format(self) -> str | None:
+        return _float8(self.zero_point.dtype)
 
     def structure(self) -> dict[str, Any]:
-        return {"signed": self.zero_point.dtype == torch.int8}
+        return {"format": self.format} if self.format else {"signed": self.zero_point.dtype == torch.int8}
 
     @classmethod
     def empty(cls, structure: Mapping[str, Any]) -> ActivationQuantizer:
-        return cls(torch.ones(()), torch.zeros((), dtype=torch.int8 if structure["signed"] else torch.uint8))
+        integer = torch.int8 if structure.get("signed") else torch.uint8
+        dtype = FLOAT8[structure["format"]] if "format" in structure else integer
+        return cls(torch.ones(()), torch.zeros((), dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         q = torch.ops.martlet.quantize(x, self.scale, self.zero_point, -1)
@@ -145,7 +167,7 @@ class ChannelScale(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Holds a weight as integers with one symmetric scale for each slice along `axis`; gives it back as float."""
+    """Holds a weight as integers, or as 8-bit floats, with one symmetric scale for each slice along `axis`."""
 
     simulated: ClassVar[bool] = False
     values: Tensor
@@ -163,7 +185,15 @@ class WeightQuantizer(nn.Module):
     def round(cls, weight: Tensor, scale: Tensor, axis: int = 0, dtype: torch.dtype = torch.int8) -> WeightQuantizer:
         """Rounds a float weight to the nearest codes of a grid that mirrors: the most negative code isn't used."""
         values = affine.quantize(weight, scale, torch.zeros_like(scale, dtype=dtype), axis)
-        return cls(values.clamp(min=-torch.iinfo(dtype).max), scale, axis)
+        return cls(values if dtype.is_floating_point else values.clamp(min=-torch.iinfo(dtype).max), scale, axis)
+
+    @classmethod
+    def fit_float8(cls, weight: Tensor, format: str, axis: int = 0) -> WeightQuantizer:
+        """Rounds a float weight to an 8-bit float; the greatest magnitude of each slice becomes the format's."""
+        dtype = FLOAT8[format]
+        greatest = weight.movedim(axis, 0).flatten(1).abs().amax(1)
+        scale = torch.where(greatest > 0, greatest / torch.finfo(dtype).max, 1.0)
+        return cls.round(weight, scale, axis, dtype)
 
     @classmethod
     def fit(cls, weight: Tensor, axis: int = 0) -> WeightQuantizer:
@@ -172,19 +202,24 @@ class WeightQuantizer(nn.Module):
 
     @property
     def bits(self) -> int:
-        return torch.iinfo(self.values.dtype).bits
+        return 8 * self.values.itemsize
+
+    @property
+    def format(self) -> str | None:
+        return _float8(self.values.dtype)
 
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
 
     def structure(self) -> dict[str, Any]:
-        return {"shape": [*self.shape], "axis": self.axis}
+        return {"shape": [*self.shape], "axis": self.axis, **({"format": self.format} if self.format else {})}
 
     @classmethod
     def empty(cls, structure: Mapping[str, Any]) -> WeightQuantizer:
         shape, axis = structure["shape"], structure["axis"]
-        return cls(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[axis]), axis)
+        dtype = FLOAT8[structure["format"]] if "format" in structure else torch.int8
+        return cls(torch.zeros(shape, dtype=dtype), torch.ones(shape[axis]), axis)
 
     def forward(self) -> Tensor:
         return torch.ops.martlet.dequantize(self.values, self.scale, self.zero_point, self.axis)
@@ -195,7 +230,7 @@ class PackedWeightQuantizer(nn.Module):
 
     A row is what one output channel, along `axis`, multiplies: the weight moved and flattened to (O, I). Takes codes
     (O, I) and scales (O, groups) of neighbouring columns. Zero points are codes too, (O, groups); without them zero is
-    2^(bits - 1), as `IntegerGrid` has it.
+    2^(bits - 1), as `IntegerGrid` has it. With a format, codes are places in its table, and zero is in the table.
     """
 
     codes: Tensor
@@ -210,16 +245,17 @@ class PackedWeightQuantizer(nn.Module):
         zero_point: Tensor | None = None,
         shape: Sequence[int] | None = None,
         axis: int = 0,
+        format: str | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.shape, self.axis = bits, torch.Size(shape or codes.shape), axis
+        self.bits, self.shape, self.axis, self.format = bits, torch.Size(shape or codes.shape), axis, format
         self.register_buffer("codes", pack(codes, bits))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.uint8))
 
     @property
     def simulated(self) -> bool:
-        return self.bits not in (4, 8)
+        return self.format is None and self.bits not in (4, 8)
 
     @property
     def group_size(self) -> int:
@@ -236,6 +272,7 @@ class PackedWeightQuantizer(nn.Module):
             "axis": self.axis,
             "groups": self.scale.shape[1],
             "zero_point": self.zero_point is not None,
+            **({"format": self.format} if self.format else {}),
         }
 
     @classmethod
@@ -243,7 +280,8 @@ class PackedWeightQuantizer(nn.Module):
         shape, axis, groups = structure["shape"], structure["axis"], structure["groups"]
         codes = torch.zeros(shape[axis], prod(shape) // shape[axis], dtype=torch.uint8)
         zero_point = torch.zeros(shape[axis], groups) if structure["zero_point"] else None
-        return cls(codes, torch.ones(shape[axis], groups), structure["bits"], zero_point, shape, axis)
+        scale = torch.ones(shape[axis], groups)
+        return cls(codes, scale, structure["bits"], zero_point, shape, axis, structure.get("format"))
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values (O, I), their scale, and the value of zero: int8, of which `bits` bits are used."""
@@ -252,8 +290,27 @@ class PackedWeightQuantizer(nn.Module):
         zero = None if self.zero_point is None else (self.zero_point.to(torch.int16) - half).to(torch.int8)
         return values, self.scale, zero
 
+    def operation(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        """The operator that gives the rows, (O, I) or (O, groups, n), and what it takes; the first of it has the shape.
+
+        With one group a row, the groups have no dimension of their own. What no kernel multiplies as it is stored is a
+        lookup, which engines do once, when they open a file.
+        """
+        one = self.scale.shape[1] == 1
+        if self.format is None and (len(self.shape) == 2 or self.zero_point is not None):
+            values, *parameters = self.integers()
+            parameters = [p.flatten() if one and p is not None else p for p in parameters]
+            return torch.ops.martlet.dequantize_groups.default, (values, *parameters, self.bits)
+        codes, scale = unpack(self.codes, self.bits, self.columns), self.scale
+        if not one:
+            codes, scale = codes.unflatten(1, (self.scale.shape[1], -1)), scale[..., None]
+        half = 2 ** (self.bits - 1)
+        values = scale.new_tensor(table(self.format) if self.format else range(-half, half))
+        return torch.ops.martlet.dequantize_codes.default, (codes, scale, values)
+
     def forward(self) -> Tensor:
-        return self.unflatten(torch.ops.martlet.dequantize_groups(*self.integers(), self.bits))
+        function, operands = self.operation()
+        return self.unflatten(function(*operands))
 
     def flatten(self, weight: Tensor) -> Tensor:
         """A weight of this shape as rows (O, I)."""
@@ -293,9 +350,14 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     op: Any = opset21  # its types are those of tensors, which a Python number can stand for
 
     def quantize(x, scale, zero_point, axis: int):
+        if zero_point.dtype.is_floating_point():  # engines fuse what follows a QuantizeLinear into integer kernels
+            return op.Cast(op.Div(x, scale), to=zero_point.dtype.value)  # saturates
         return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
     def dequantize(q, scale, zero_point, axis: int):
+        if zero_point.dtype.is_floating_point():
+            shape = [-1 if i == axis else 1 for i in range(len(q.shape))] if len(scale.shape) else []
+            return op.Mul(op.Cast(q, to=TensorProto.FLOAT), op.Reshape(scale, shape) if shape else scale)
         return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
     def dequantize_groups(values, scale, zero_point, bits: int):
@@ -306,6 +368,11 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         if len(scale.shape) == 1:
             return op.DequantizeLinear(*operands, axis=0)
         return op.DequantizeLinear(*operands, axis=1, block_size=values.shape[1] // scale.shape[1])
+
+    def dequantize_codes(codes, scale, values):
+        if values.shape[0] <= 16:
+            codes = op.Cast(codes, to=TensorProto.UINT4)
+        return op.Mul(op.Gather(values, op.Cast(codes, to=TensorProto.INT64)), scale)
 
     def look_up(x, edges, values):
         """A binary search: a step halves the table, and ends at how many edges are below x."""
@@ -328,5 +395,6 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours.quantize.default: quantize,
         ours.dequantize.default: dequantize,
         ours.dequantize_groups.default: dequantize_groups,
+        ours.dequantize_codes.default: dequantize_codes,
         ours.lookup.default: look_up,
     }
