@@ -151,3 +151,56 @@ def test_the_page_of_few_bits_has_every_number(docs, root):
     ]
     assert "simulated" in text
     assert docs.main(["--check"], root) == 0
+
+
+def formats_document() -> dict:
+    """Three formats on two engines: one is fast and loses too much, one is simulated, one can't."""
+    size = {"FP32": 20_000_000, "BF16": 20_000_000, "INT8": 5_000_000, "NF4": 2_500_000}
+    top1 = {"FP32": 80.0, "BF16": 79.5, "INT8": 78.9, "NF4": 79.2}
+    speed = {"FP32": 1.0, "BF16": 1.5, "INT8": 2.0}
+
+    def entry(form: str, engine: str) -> dict:
+        names = {"model": "a_model", "weights": "file a", "data": "images", "format": form, "engine": engine}
+        if (form, engine) == ("BF16", "other"):
+            return names | {"error": "no such type"}
+        simulated = engine == "other" and form == "NF4"
+        found = names | {"simulated": simulated, "file_bytes": size[form]}
+        found |= {"top1_pct": top1[form], "agreement_pct": 97.0} if engine == "one" else {"accuracy_of": "one"}
+        if form in speed and not simulated:
+            ratio = {"median": speed[form], "low": speed[form] - 0.1, "high": speed[form] + 0.1}
+            found |= {"latency_ms": {"median": 10 / speed[form]}, "speedup_over_fp32": ratio, "threads": 2}
+            found |= {"compressed_macs_pct": 98.0 if form == "INT8" else 0.0}
+        return found
+
+    return {
+        "benchmark": "formats",
+        "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}},
+        "settings": {"test_images": 1000, "calibration_images": 64, "seed": 0},
+        "entries": [entry(form, engine) for engine in ("one", "other") for form in size],
+    }
+
+
+def test_the_guide_to_formats_follows_from_the_numbers(docs, root):
+    (root / "results").mkdir()
+    results = root / "results" / "formats.json"
+    found = formats_document()
+
+    def page() -> str:
+        results.write_text(json.dumps(found))
+        assert docs.main([], root) == 0
+        assert docs.main(["--check"], root) == 0
+        return (root / "docs" / "formats.md").read_text()
+
+    text = page()
+    assert "- **one**, for speed: **BF16** (on 1 of 1 models)." in text  # INT8 is faster, and loses 1.1 points
+    assert "- **one**, for a small file: **NF4** (on 1 of 1 models)." in text
+    assert "- **other**, for speed: **FP32**" in text
+    assert "- **other**, for a small file: **FP32**" in text  # NF4 is simulated there
+    assert "| INT8 | 78.9 | 97.0 | 5.0 | 4.0 × | 5.00 | 2.00 (1.90–2.10) | 98 |" in text
+    assert "| NF4 | 79.2 | 97.0 | 2.5 | 8.0 × | simulated | – | – |" in text
+    assert "| BF16 | can't: no such type |" in text
+    for entry in found["entries"]:
+        entry |= {"top1_pct": 79.1} if entry["format"] == "INT8" and entry["engine"] == "one" else {}
+    text = page()
+    assert "- **one**, for speed: **INT8** (on 1 of 1 models)." in text
+    assert "- **other**, for a small file: **INT8**" in text
