@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -29,6 +30,7 @@ for _family in iter_modules(__path__, f"{__name__}."):
     import_module(_family.name)
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Every model of the zoo, sorted."""
     return tuple(name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__name__}."))

@@ -37,7 +37,10 @@ def test_every_name_is_a_model_of_ours_and_of_timm():
     assert "vit_tiny_patch16_224" not in models.names()
 
 
-@pytest.mark.parametrize("name", models.names())
+SAMPLED = [pytest.param(name, marks=pytest.mark.slow if models.paper(name) else ()) for name in models.names()]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
 def test_every_model_runs_at_its_own_size_and_preprocessing(name):
     preprocess = models.preprocess(name)
     with torch.device("meta"):  # shapes alone
