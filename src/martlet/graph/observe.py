@@ -88,7 +88,8 @@ def observe_gradients(
             kept: dict[Node, Tensor] = {}
 
             def keep(value: Tensor, node: Node, kept: dict[Node, Tensor] = kept) -> None:
-                value.retain_grad()
+                if value.requires_grad:  # a constant has no gradient, as nothing in it comes from an image
+                    value.retain_grad()
                 kept[node] = value
 
             looks = {node: (lambda value, node=node: keep(value, node)) for node in wanted}
