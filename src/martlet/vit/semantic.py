@@ -68,7 +68,7 @@ class SemanticRun:
         assert self.patches.grid is not None
         down, across = ([i * m // n for i in range(n)] for n, m in zip(self.patches.grid, self.grid, strict=True))
         of = torch.tensor([i * self.grid[1] + j for i in down for j in across])
-        return functional.one_hot(of, self.grid[0] * self.grid[1]).T.float()
+        return (of == torch.arange(self.grid[0] * self.grid[1])[:, None]).float()
 
 
 def _attended(block: BlockView, x: Tensor, queries: int, first_key: int, size: Tensor | None = None) -> Tensor:

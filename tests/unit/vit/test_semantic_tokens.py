@@ -14,6 +14,7 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.data.preprocess import Preprocess
+from martlet.graph.probe import shapes
 from martlet.graph.trace import trace
 from martlet.techniques.tokens.stvit import STViT
 from martlet.vit import view
@@ -80,6 +81,7 @@ def test_another_library_traced_and_restored() -> None:
     model = build(TorchvisionViT(40, 8, 4, 3, 24, 40, num_classes=7), (40, 40))
     done = apply(model, STViT(tokens=[2, 2], at=1))
     graph = trace(done.module, model.preprocess.size)
+    assert shapes(graph)  # which is what quantizing begins with
     images = torch.randn(2, 3, *model.preprocess.size)
     with torch.no_grad():
         torch.testing.assert_close(graph(images), done.module(images), rtol=1e-4, atol=1e-4)
