@@ -195,7 +195,8 @@ def _transpose_groups_(graph: onnx.GraphProto) -> None:
         if above is None or above.op_type != "DequantizeLinear" or users[above.output[0]] > 1:
             continue
         attributes = {attribute.name: attribute for attribute in above.attribute}
-        if tensors[above.input[0]].data_type != TensorProto.INT4 and "block_size" not in attributes:
+        weight = tensors.get(above.input[0])  # of an activation, there is none
+        if weight is None or (weight.data_type != TensorProto.INT4 and "block_size" not in attributes):
             continue
         for i, name in enumerate(above.input):
             array, turned = numpy_helper.to_array(tensors[name]), f"{name}_transposed"

@@ -22,6 +22,7 @@ from martlet.functional.formats import float8, normal_float4
 from martlet.graph.bits import bit_map
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, WeightQuantizer, build, structure
 from martlet.techniques.quantize.fp8 import FP8
+from martlet.techniques.quantize.int8 import Int8
 from martlet.techniques.quantize.weight_only import FORMATS, WeightOnly
 
 VALUES = {
@@ -201,6 +202,16 @@ def test_what_openvino_keeps_compressed_is_what_it_doesnt_simulate(tmp_path, tec
     bits = bit_map(compressed.module, "bf16")  # type: ignore[arg-type]
     assert bits["linear_weight"] == {"int4": "4", "int8": "8"}.get(technique.format, technique.format)
     assert bits["linear_input"] == "bf16"
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_transposes_of_rounded_activations_stay(tmp_path, target: str) -> None:
+    engine = engines.get(target)
+    compressed = run(original("swin"), Int8())
+    engine.lower(compressed, tmp_path)
+    x = images()
+    out = torch.from_numpy(engine.open(tmp_path, batch=len(x), threads=1)(x.numpy()))
+    assert error(logits(compressed.module, x), out) < 0.1
 
 
 def test_an_nf4_file_of_openvino_has_16_values_and_no_lookup(tmp_path) -> None:
