@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from martlet.core.model import Model
+    from martlet.data.images import Images
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
 QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
@@ -115,35 +116,58 @@ def run(
     if not todo:
         return
     torch.set_num_threads(cores())
+    ready = prepare(name, options, settings)
+    calibration = ready.calibration(settings.seed)
+    for recipe in todo:
+        with working(f"{name} {recipe}") as progress:
+            yield ready.entry(recipe) | measure(ready, recipe, calibration, settings, progress)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A subject with its images: those to draw calibration images from, and the test's (N, 3, H, W) with labels (N).
+
+    exact: logits of the untouched model (N, K).
+    """
+
+    name: str
+    model: Model
+    pool: Images
+    calibration_images: int
+    x: Tensor
+    labels: Tensor
+    exact: np.ndarray
+
+    def calibration(self, seed: int) -> Calibration:
+        """One draw of calibration images."""
+        return Calibration(self.pool, self.model.preprocess, n=self.calibration_images, batch_size=16, seed=seed)
+
+    def entry(self, recipe: str) -> dict[str, Any]:
+        """What every result says first."""
+        subject = SUBJECTS[self.name]
+        return {
+            "model": self.name,
+            "weights": self.model.origin["weights"],
+            "recipe": recipe,
+            "images": {"calibration": subject.calibration, "test": subject.test},
+            "calibration_n": self.calibration(0).num_images,
+            "n": len(self.labels),
+            "top1_float_pct": 100 * float((self.exact.argmax(1) == self.labels.numpy()).mean()),
+        }
+
+
+def prepare(name: str, options: argparse.Namespace, settings: Settings) -> Ready:
+    """Loads a model and its images."""
     subject = SUBJECTS[name]
     model = subject.load(options)
     pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))
-    calibration = Calibration(pool, model.preprocess, n=settings.calibration_images, batch_size=16, seed=settings.seed)
     x, labels = cifar.read(test.sample(settings.test_images, settings.seed), model)
     exact = _logits(model.module, x, settings.batch)
-    for recipe in todo:
-        with working(f"{name} {recipe}") as progress:
-            entry = {
-                "model": name,
-                "weights": model.origin["weights"],
-                "recipe": recipe,
-                "images": {"calibration": subject.calibration, "test": subject.test},
-                "calibration_n": calibration.num_images,
-                "n": len(labels),
-                "top1_float_pct": 100 * float((exact.argmax(1) == labels.numpy()).mean()),
-            }
-            yield entry | measure(model, recipe, calibration, x, labels, exact, settings, progress)
+    return Ready(name, model, pool, settings.calibration_images, x, labels, exact)
 
 
 def measure(
-    model: Model,
-    recipe: str,
-    calibration: Calibration,
-    x: Tensor,
-    labels: Tensor,
-    exact: np.ndarray,
-    settings: Settings,
-    progress: Progress,
+    ready: Ready, recipe: str | Recipe, calibration: Calibration, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     """What one recipe leaves of a model: accuracy, closeness, bits of every kind of tensor, and seconds it took."""
     from torch.fx import GraphModule
@@ -152,15 +176,15 @@ def measure(
 
     start = time.perf_counter()
     try:
-        done = pipeline.run(
-            model.copy(), _recipe(recipe), Context(images=calibration, seed=settings.seed, progress=progress)
-        )
+        applied = _recipe(recipe) if isinstance(recipe, str) else recipe
+        context = Context(images=calibration, seed=settings.seed, progress=progress)
+        done = pipeline.run(ready.model.copy(), applied, context)
         seconds = time.perf_counter() - start
-        logits = _logits(done.module, x, settings.batch)
-        found = fidelity(exact, logits)
+        logits = _logits(done.module, ready.x, settings.batch)
+        found = fidelity(ready.exact, logits)
         assert isinstance(done.module, GraphModule)
         return {
-            "top1_pct": 100 * float((logits.argmax(1) == labels.numpy()).mean()),
+            "top1_pct": 100 * float((logits.argmax(1) == ready.labels.numpy()).mean()),
             "agreement_pct": found["top1_agreement_pct"],
             "sqnr_db": found["logit_sqnr_db"],
             "simulated": True,

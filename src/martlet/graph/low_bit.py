@@ -31,7 +31,7 @@ from martlet.graph import rounding
 from martlet.graph.allocation import ALLOCATIONS, BUDGETS, allocate_bits
 from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit, remembered
 from martlet.graph.objectives import OBJECTIVES
-from martlet.graph.reconstruct import Learning, reconstruct_
+from martlet.graph.reconstruct import FREEDOMS, OPTIMIZERS, Learning, reconstruct_
 from martlet.graph.reparameterize import reparameterize_
 from martlet.graph.sites import Site, sites
 from martlet.nn.quantizers import (
@@ -63,6 +63,8 @@ class LowBit(Technique):
         steps: in which each block learns how its weights round and its activations scale, on all calibration images
             (AdaRound, LSQ, QDrop); 0 leaves everything as it was chosen.
         objective: what a block keeps small: `mse`, `perturbation` (APHQ-ViT) or `fisher` (FIMA-Q).
+        freedom: what is learned of a weight: `rounding`, whether it goes up or down; `weights`, where it goes.
+        optimizer: of what is learned: `adam` or `adamax`.
         allocation: `equal`, the same bits everywhere; else bits for each multiplication, judged by the squared error of
             the logits to first order (`greedy`, or `milp`, exactly) or by LRP-QViT's `relevance`, exactly.
         budget: what allocated bits may not use more of than equal bits: `size`, the bits of all weights, activations
@@ -80,11 +82,19 @@ class LowBit(Technique):
     activation_bits: int = 4
     steps: int = 0
     objective: str = "mse"
+    freedom: str = "rounding"
+    optimizer: str = "adam"
     allocation: str = "equal"
     budget: str = "average"
 
     def __post_init__(self) -> None:
-        choices = {"objective": OBJECTIVES, "allocation": ("equal", *ALLOCATIONS), "budget": BUDGETS}
+        choices = {
+            "objective": OBJECTIVES,
+            "freedom": FREEDOMS,
+            "optimizer": OPTIMIZERS,
+            "allocation": ("equal", *ALLOCATIONS),
+            "budget": BUDGETS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise RecipeError(f"{self.name}: {name} is {getattr(self, name)!r}; it can be {', '.join(known)}")
@@ -165,7 +175,7 @@ class LowBit(Technique):
 
     def learning(self) -> Learning:
         """How a block learns."""
-        return Learning(steps=self.steps)
+        return Learning(steps=self.steps, freedom=self.freedom, optimizer=self.optimizer)
 
     def learn_(
         self,

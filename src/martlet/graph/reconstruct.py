@@ -30,21 +30,25 @@ from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, Ta
 
 BATCH = 8
 """Images in a step. On CPU cores a step's time grows with them."""
+FREEDOMS = ("rounding", "weights")
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
     """How a block learns.
 
-    steps: of Adam, on BATCH images each. freedom: `rounding`, a weight goes up or down from where it is; `weights`, it
-    goes anywhere. weight_rate, scale_rate, float_rate: learning rates of weights, in steps of their grid; of scales of
-    activations; and of what isn't rounded (biases, norms, other weights), where 0 leaves it; the latter two are
-    relative to what they change and fall to zero along a cosine. drop: the share of a block's input that is float.
-    decide: the weight of the regularizer that drives each weight to one side, against a loss that starts at 1.
+    steps: of an optimizer, one of OPTIMIZERS, on BATCH images each. freedom: one of FREEDOMS: with `rounding` a weight
+    goes up or down from where it is, with `weights` it goes anywhere. weight_rate, scale_rate, float_rate: learning
+    rates of weights, in steps of their grid; of scales of activations; and of what isn't rounded (biases, norms, other
+    weights), where 0 leaves it; the latter two are relative to what they change and fall to zero along a cosine. drop:
+    the share of a block's input that is float. decide: the weight of the regularizer that drives each weight to one
+    side, against a loss that starts at 1.
     """
 
     steps: int = 300
     freedom: str = "rounding"
+    optimizer: str = "adam"
     weight_rate: float = 1e-2
     scale_rate: float = 1e-3
     float_rate: float = 0.0
@@ -244,14 +248,15 @@ class _Learner:
         learned = {**self.weights, **self.scales, **self.passing}
         for name, layer in learned.items():
             self.module.set_submodule(name, layer)
-        weights = torch.optim.Adam([w.v for w in self.weights.values()] or [torch.zeros(1)], learning.weight_rate)
+        optimizer = OPTIMIZERS[learning.optimizer]
+        weights = optimizer([w.v for w in self.weights.values()] or [torch.zeros(1)], lr=learning.weight_rate)
         rates = [{"params": [s.factor], "lr": learning.scale_rate} for s in self.scales.values()]
         if learning.float_rate:
             for parameter in self.floats:
                 parameter.requires_grad_(True)
                 typical = float(parameter.detach().abs().mean())
                 rates.append({"params": [parameter], "lr": learning.float_rate * typical})
-        others = torch.optim.Adam(rates or [torch.zeros(1)])
+        others = optimizer(rates or [torch.zeros(1)], lr=learning.scale_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(others, learning.steps)
         soft = [w for w in self.weights.values() if isinstance(w, _SoftWeight)]
         count = sum(w.v.numel() for w in soft)

@@ -47,6 +47,8 @@ class ISViT(Reparameterized):
     summary: ClassVar[str] = "few bits: softmax by a shifted logarithm, activations learned before weights"
     paper: ClassVar[str] = "Zhong et al., I&S-ViT, 2023, arXiv 2311.10126"
 
+    freedom: str = "weights"
+
     def activation(self, operand: Operand) -> Quantizer:
         bits = self.bits(operand.kind)
         if operand.kind == "softmax":
@@ -58,7 +60,7 @@ class ISViT(Reparameterized):
         return quantized_weight(call, self.weight_bits, grids)
 
     def learning(self) -> Learning:
-        return Learning(steps=self.steps, freedom="weights", float_rate=1e-3)
+        return replace(super().learning(), float_rate=1e-3)
 
     def round_(
         self, graph_module: GraphModule, original: GraphModule | None, fitted: Fit, images: Tensor, context: Context
