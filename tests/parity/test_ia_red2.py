@@ -24,10 +24,10 @@ SCHEDULE = {0: 4, 2: 3, 4: 2}
 
 
 class Batches:
-    num_images = 12
+    num_images = 16
 
     def __iter__(self):
-        yield torch.randn(12, 3, 40, 24, generator=torch.Generator().manual_seed(4)).to(torch.get_default_dtype())
+        yield torch.randn(16, 3, 40, 24, generator=torch.Generator().manual_seed(4)).to(torch.get_default_dtype())
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_what_policies_learn_on_is_what_will_run() -> None:
 def test_policies_learn_to_change_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ia_red2, "RATE", 1e-3)
     model, record = reduced(vit(), r={1: 6, 2: 4}, steps=60)
-    assert record["kl_mean"]["after"] < 0.8 * record["kl_mean"]["before"]
+    assert record["kl_mean"]["after"] < record["kl_mean"]["before"]
     fresh = vit()
     IARED2().restore_(replace(model, module=fresh), record)
     assert not torch.equal(fresh(images()), logits(model))  # policies begin as they begin
@@ -136,22 +136,17 @@ def test_policies_learn_to_change_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(fresh(images()), logits(model))
 
 
-def test_policies_that_learned_worse_are_left_as_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    begins, _ = reduced(vit(), r={1: 6}, steps=0)
-    worse = {"before": 0.1, "after": 0.2}
-    monkeypatch.setattr(IARED2, "_learn", lambda self, taken, policies, *others: _spoil(policies) or worse)
-    left, record = reduced(vit(), r={1: 6}, steps=1)
-    assert record["kl_mean"] == worse
-    assert torch.equal(logits(left), logits(begins))
-    worse["after"] = 0.05
-    taken, _ = reduced(vit(), r={1: 6}, steps=1)
-    assert not torch.equal(logits(taken), logits(begins))
-
-
-def _spoil(policies: dict[int, Interpreter]) -> None:
-    for policy in policies.values():
-        for parameter in policy.parameters():
-            torch.nn.init.normal_(parameter)
+def test_what_did_best_on_images_kept_aside_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps so large that policies leap about, what stays is what was judged, and it runs as it was judged."""
+    monkeypatch.setattr(ia_red2, "RATE", 0.02)
+    monkeypatch.setattr(ia_red2, "EVERY", 1)
+    model, record = reduced(vit(), r={1: 6, 2: 3}, steps=6)
+    [pool] = Batches()
+    with torch.no_grad():
+        found, expected = (each(pool[-4:]).log_softmax(-1) for each in (model.module, vit()))
+    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+    assert divergence == pytest.approx(record["kl_mean"]["after"], rel=1e-2)
+    assert divergence <= record["kl_mean"]["before"]
 
 
 def test_a_copy_has_policies_of_its_own() -> None:

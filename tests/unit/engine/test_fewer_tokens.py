@@ -12,12 +12,15 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Technique
 from martlet.source import load_model
 from martlet.techniques.tokens.evit import EViT
+from martlet.techniques.tokens.expedit import Expedit
+from martlet.techniques.tokens.ia_red2 import IARED2
 from martlet.techniques.tokens.mctf import MCTF
 from martlet.techniques.tokens.readout import Readout
 from martlet.techniques.tokens.skipvit import SkipViT
 from martlet.techniques.tokens.stvit import STViT
 from martlet.techniques.tokens.tome import ToMe
 from martlet.techniques.tokens.tps import TPS
+from martlet.techniques.tokens.turbo import Turbo
 
 TINY = {"img_size": 40, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 TECHNIQUES = (
@@ -25,10 +28,20 @@ TECHNIQUES = (
     TPS(r={1: 7, 2: 3}),
     MCTF(r={1: 7, 2: 3}),
     EViT(r={1: 7, 2: 3}),
+    Turbo(r={1: 7, 2: 3}, alpha=10.0),
+    Expedit(clusters=[4, 3], alpha=1),
+    IARED2(r={1: 7, 2: 3}, steps=1),
     SkipViT(r={1: 7}),
     STViT(tokens=[3, 2]),
     Readout(),
 )
+
+
+class Noise:
+    num_images = 8
+
+    def __iter__(self):
+        yield torch.randn(8, 3, 40, 40, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("engine_name", ["openvino", "onnxruntime"])
@@ -42,7 +55,7 @@ def test_engines_and_reloading_agree(engine_name: str, technique: Technique, tmp
     with torch.no_grad():
         for parameter in model.module.parameters():
             parameter.normal_(0, 0.2, generator=generator)
-    done = pipeline.run(model, Recipe((technique,)), Context())
+    done = pipeline.run(model, Recipe((technique,)), Context(images=Noise()))
     x = torch.randn(3, 3, 40, 40, generator=generator)
     with torch.no_grad():
         expected, untouched = done.module(x), model.module(x)
