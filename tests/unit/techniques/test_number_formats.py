@@ -165,16 +165,12 @@ def test_engines_give_the_logits_of_the_model(tmp_path, target: str, name: str, 
         with pytest.raises(EngineError, match="rounds activations to 8-bit floats, which openvino leaves out"):
             engine.lower(compressed, tmp_path)
         return
-    files = engine.lower(compressed, tmp_path)
+    engine.lower(compressed, tmp_path)
     x = images()
     out = torch.from_numpy(engine.open(tmp_path, batch=len(x), threads=1)(x.numpy()))
     # an activation half way between two floats may go either way; it is one of thousands
     assert error(logits(compressed.module, x), out) < (1e-2 if isinstance(technique, FP8) else 1e-5)
     assert error(logits(original(name).module, x), out) > 1e-4  # the comparison can fail
-    if target == "onnxruntime" and name != "convolutions":
-        linear = sum(m.weight.numel() for m in original(name).module.modules() if isinstance(m, nn.Linear))
-        size = sum((tmp_path / file).stat().st_size for file in files)
-        assert size < (linear if "8" in str(technique) else 0.7 * linear) + 60_000
 
 
 @pytest.mark.parametrize(
