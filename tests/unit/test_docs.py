@@ -99,11 +99,17 @@ def test_wrong_use(docs, capsys):
     assert "usage: python tools/docs.py [--check]" in capsys.readouterr().err
 
 
-def test_readme_names_every_shipped_recipe():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_shipped_recipe_is_in_the_catalog_and_the_readmes_are_as_they_are():
+    catalog = (ROOT / "docs/techniques.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([^`]+)` \| (`[^:]+`): ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert len(rows) > 5
     for name in recipe.shipped():
         passes = ", ".join(f"`{technique.name}`" for technique in recipe.Recipe.load(name).passes)
-        assert f"| `{name}` | {passes}: " in text
+        assert f"[`{name}`](../src/martlet/recipes/{name}.yaml) | {passes} | " in catalog
+        assert dict(rows).get(name, passes) == passes
+    assert {name for name, _ in rows} <= set(recipe.shipped())
 
 
 def test_the_readmes_recipe_is_one():

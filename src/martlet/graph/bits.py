@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch.fx import GraphModule, Node
 
+from martlet.graph.low_rank import in_branch
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites
 from martlet.nn.integer import IntegerLayerNorm, ShiftGELU, Shiftmax
 from martlet.nn.quantizers import ChannelScale
@@ -29,7 +30,7 @@ def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
     for site in found:
         for kind, bits in _operands(graph_module, site, floating):
             counts.setdefault(kind, Counter())[bits] += 1
-    weighted = [site for site in found if site.weight is not None]
+    weighted = [site for site in found if site.weight is not None and not in_branch(site)]
     if weighted:
         for name, site in (("first_layer", weighted[0]), ("last_layer", weighted[-1])):
             bits = dict(_operands(graph_module, site, floating))

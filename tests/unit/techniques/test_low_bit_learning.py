@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from martlet.core import registry
 from martlet.core.errors import RecipeError
+from martlet.graph.bits import bit_map
 from martlet.graph.low_rank import split_linears_
 from martlet.graph.sites import sites
 from martlet.graph.trace import example_values
@@ -93,6 +94,8 @@ def test_a_branch_of_full_rank_leaves_the_weights_nothing_to_lose() -> None:
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
     assert none.steps[0].record["ranks"] == {}
     assert set(half.steps[0].record["ranks"].values()) == {8, 5}  # the head has five classes
+    assert isinstance(half.module, GraphModule)
+    assert bit_map(half.module, "f32")["last_layer"] == "input 8, weight 2"  # the head, and not its branch
 
 
 def test_a_branch_leaves_the_logits_as_they_were() -> None:

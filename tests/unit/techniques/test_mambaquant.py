@@ -13,7 +13,8 @@ from martlet.core.technique import Context, silent
 from martlet.functional.rotation import variance_spread
 from martlet.graph.attention import attentions
 from martlet.graph.layout import scale_after_scores_
-from martlet.graph.rotate import covariances, streams
+from martlet.graph.rotate import covariances
+from martlet.graph.streams import streams
 from martlet.techniques.quantize.mambaquant import MambaQuant
 
 IMAGES = torch.cat(list(Smooth()))

@@ -20,15 +20,14 @@ from martlet.graph.fit import Operand
 from martlet.graph.layout import scale_after_scores_
 from martlet.graph.low_bit import LowBit, affine, sample
 from martlet.graph.rotate import (
-    Stream,
     covariances,
     fold_norms_,
     rotate_scores_,
     rotate_stream_,
     rotate_values_,
-    streams,
 )
 from martlet.graph.rounding import tensor
+from martlet.graph.streams import Stream, streams
 from martlet.nn.quantizers import Quantizer
 
 SMOOTHING = 0.5

@@ -13,10 +13,9 @@ from torch.fx import GraphModule, Node
 from martlet.core.errors import RecipeError
 from martlet.core.technique import Context
 from martlet.functional.gptq import attention_concentration
-from martlet.functional.rotation import rotation, standard_basis
 from martlet.graph.attention import attentions
 from martlet.graph.observe import OneBatch, observe_calls
-from martlet.graph.rotate import fold_norms_, rotate_stream_, rotate_values_, streams
+from martlet.graph.rotate import spread_
 from martlet.graph.segments import blocks
 from martlet.graph.sequential import SequentialWeights
 from martlet.graph.sites import Site, sites
@@ -62,19 +61,7 @@ class RSQ(SequentialWeights):
             raise RecipeError(f"rsq: tokens is {self.tokens!r}; it can be {', '.join(TOKENS)}")
 
     def prepare_(self, graph_module: GraphModule, context: Context) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(context.seed)
-        found, values = streams(graph_module), 0
-        for stream in found.found:
-            fold_norms_(graph_module, stream)
-            rotate_stream_(graph_module, stream, rotation(standard_basis(stream.width), generator))
-        for attention in attentions(graph_module):
-            if attention.v and attention.output:
-                heads, width = attention.v.index.shape
-                turned = torch.stack([rotation(torch.eye(width), generator) for _ in range(heads)])
-                rotate_values_(graph_module, attention, turned)
-                values += 1
-        norms = sum(len(stream.norms) for stream in found.found)
-        return {"rotated": {"norms": norms, "values": values}, "norms_left": found.left}
+        return spread_(graph_module, torch.Generator().manual_seed(context.seed))
 
     def importance(
         self, graph_module: GraphModule, found: Sequence[Site], images: Tensor, context: Context
