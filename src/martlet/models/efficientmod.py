@@ -22,9 +22,9 @@ PAPER = Paper(
     code="https://github.com/ma-xu/EfficientMod",
     license="Apache-2.0",
     models={
-        "efficientmod_xxs": Stated(params="4.7M", macs="0.6G", top1_pct=76.0),
-        "efficientmod_xs": Stated(params="6.6M", macs="0.8G", top1_pct=78.3),
-        "efficientmod_s": Stated(params="12.9M", macs="1.4G", top1_pct=81.0),
+        "efficientmod_xxs": Stated(params="4.7M", macs="0.6G"),
+        "efficientmod_xs": Stated(params="6.6M", macs="0.8G"),
+        "efficientmod_s": Stated(params="12.9M", macs="1.4G"),
         "efficientmod_s_conv": Stated(params="12.9M", macs="1.5G", top1_pct=80.5),
     },
 )
