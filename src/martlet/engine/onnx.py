@@ -196,7 +196,8 @@ def _transpose_groups_(graph: onnx.GraphProto) -> None:
             continue
         attributes = {attribute.name: attribute for attribute in above.attribute}
         weight = tensors.get(above.input[0])  # of an activation, there is none
-        if weight is None or (weight.data_type != TensorProto.INT4 and "block_size" not in attributes):
+        grouped = "block_size" in attributes and attributes["block_size"].i > 0
+        if weight is None or not (grouped or weight.data_type == TensorProto.INT4):
             continue
         for i, name in enumerate(above.input):
             array, turned = numpy_helper.to_array(tensors[name]), f"{name}_transposed"
