@@ -14,9 +14,20 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.engine.torch import Torch
+from martlet.graph.low_bit import LowBit
+from martlet.graph.sequential import SequentialWeights
 from martlet.source import load_model
+from martlet.vit.tokens import TokenReduction
 
 NAMES = tuple(registry.entries())
+ALIKE = {
+    name
+    for name in NAMES
+    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction)
+    and name not in ("uniform", "adalog", "gptq", "tome")
+}
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
+"""Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens",)
 """Families that say of a model without tokens that it isn't theirs."""
 NEED_INTEGER_FORMS = ("i_vit",)
@@ -46,7 +57,7 @@ def model(request) -> Model:
     return load_model("timm:vit_tiny_patch16_224", model_kwargs=MODELS[request.param], num_classes=10, seed=3)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=EACH)
 def recipe(request) -> Recipe:
     return Recipe((registry.technique(request.param)(),))
 
@@ -197,7 +208,7 @@ def test_a_second_application_is_refused_where_it_breaks_what_it_requires(model,
         assert len(run(model, recipe | technique).steps) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_of_convolutions(name, tmp_path):
     """Train-time branches, batch norms and no attention."""
     kwargs = {"embed_dim": [16, 16, 16, 16], "depth": [1, 1, 1, 1]}

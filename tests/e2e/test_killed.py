@@ -69,6 +69,7 @@ def test_what_was_there_stays_and_the_next_run_cleans_up(martlet, kill, argument
     assert json.loads((out / "report.json").read_text())["command"].endswith("--overwrite --seed 1")
 
 
+@pytest.mark.slow
 def test_learning_goes_on_where_it_was_killed(martlet, kill, arguments, out, tmp_path):
     recipe = tmp_path / "learned.yaml"
     recipe.write_text("martlet: 1\npasses:\n  - uniform: {steps: 150}\n")

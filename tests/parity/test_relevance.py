@@ -107,7 +107,9 @@ def traced(name: str) -> GraphModule:
     return trace(module.eval(), (64, 64) if name == "hybrid" else (32, 32))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "hybrid" else n for n in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("hybrid", "windows") else n for n in MODELS]
+)
 def test_layers_of_a_model_conserve_the_logit(name: str) -> None:
     graph = traced(name)
     x = draw(2, 3, *((64, 64) if name == "hybrid" else (32, 32))).float()

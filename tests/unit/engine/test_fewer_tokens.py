@@ -44,8 +44,18 @@ class Noise:
         yield torch.randn(8, 3, 40, 40, generator=torch.Generator().manual_seed(5))
 
 
+OFTEN = {"tome", "expedit", "readout"}
+"""A reduction, one that gives tokens back, and one that is none; the others are asked by make test-all."""
+
+
 @pytest.mark.parametrize("engine_name", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
+@pytest.mark.parametrize(
+    "technique",
+    [
+        pytest.param(technique, id=technique.name, marks=[] if technique.name in OFTEN else [pytest.mark.slow])
+        for technique in TECHNIQUES
+    ],
+)
 def test_engines_and_reloading_agree(engine_name: str, technique: Technique, tmp_path: Path) -> None:
     if engine_name == "onnxruntime":
         pytest.importorskip("onnxruntime")

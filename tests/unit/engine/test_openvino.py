@@ -131,7 +131,7 @@ def test_without_the_plugin_s_answer_a_fused_kernel_is_unknown(vit, lowered, ima
 
 def test_a_product_that_is_nowhere_or_twice_is_an_error():
     product = _Product(10, False, ("fc/MatMul", "fc/Add"))
-    node = _Node("n", "FullyConnected", "f32", ("fc/Add",))
+    node = _Node("n", "FullyConnected", "f32", ("fc/Add",), "f32")
     assert _executed([product], [node])["n"] == [product]
     with pytest.raises(EngineError, match=r"fc/MatMul in 0 operations"):
         _executed([product], [])

@@ -44,6 +44,10 @@ def verdict(stated, quantity, counted):
     return ""
 
 
+OFTEN = ("cswin_tiny", "spectformer_h_small", "efficientvmamba_tiny")
+"""Windows, a spectrum and a scan on every engine; the others by make test-all."""
+
+
 def test_every_family_has_a_tiny_variant():
     families = {type(models.create(name, **FAMILIES[name].tiny)) for name in FAMILIES}
     with torch.device("meta"):
@@ -85,7 +89,9 @@ def test_macs_of_the_graph_are_those_that_run(name):
     assert macs(traced(name)) == macs_run(tiny(name), FAMILIES[name].size)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_engines_give_the_logits_of_torch(name, tmp_path):
     model, x = traced(name), images(FAMILIES[name].size, 3)
     with torch.no_grad():

@@ -52,6 +52,7 @@ def test_alpha_splits_the_stages():
     assert kinds == [{SpectralGate}] * 3 + [{SelfAttention}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*spectformer.PAPER.models, *svt.PAPER.models])
 def test_macs_of_convolutions_and_linear_layers_are_the_papers(name):
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():

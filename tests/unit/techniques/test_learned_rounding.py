@@ -20,7 +20,7 @@ def compressed(**settings: object) -> Model:
 
 
 @pytest.mark.parametrize("freedom", ["rounding", "weights"])
-@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("adamax", marks=pytest.mark.slow)])
 def test_blocks_err_less_whatever_is_free_and_moves_it(freedom: str, optimizer: str) -> None:
     blocks = compressed(freedom=freedom, optimizer=optimizer).steps[0].record["blocks"]
     assert len(blocks) == 3

@@ -20,14 +20,14 @@ from martlet.graph.sites import sites
 from martlet.nn.quantizers import TableQuantizer
 
 NAMES = tuple(name for name in registry.entries() if issubclass(registry.technique(name), LowBit))
-ALIKE = {"dopq_vit", "mptq_vit", "lrp_qvit", "qserve", "mambaquant", "q_hyvit"}
-"""Methods that change LayerNorms or weights and leave all else to what the others use too."""
-EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NAMES]
+OFTEN = {"uniform", "repq_vit", "adalog", "is_vit"}
+"""Methods that between them use all that methods share; the others are asked by make test-all."""
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name not in OFTEN else []) for name in NAMES]
 PAIRS = [
     pytest.param(
         kind,
         name,
-        marks=[] if name == "repq_vit" or (kind == "class token" and name not in ALIKE) else [pytest.mark.slow],
+        marks=[] if name == "repq_vit" or (kind == "class token" and name in OFTEN) else [pytest.mark.slow],
     )
     for kind in MODELS
     for name in NAMES
@@ -76,7 +76,7 @@ def test_every_product_is_rounded_to_its_bits(compressed, kind: str, name: str) 
     assert {width for part in rounded for width in widths(bits[part], branches)} == {"4"}
     assert bits["conv_input"] == "8"  # the image
     assert bits["first_layer"] == "input 8, weight 4"
-    assert bits["last_layer"] == ("input f32, weight f32" if branches else "input 4, weight 4")
+    assert bits["last_layer"] == "input 4, weight 4"
     assert bits["residual"] == "f32"
     x = images()
     assert 1e-3 < error(logits(model(kind).module, x), logits(done.module, x)) < 1.5

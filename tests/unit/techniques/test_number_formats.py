@@ -205,7 +205,7 @@ def test_what_openvino_keeps_compressed_is_what_it_doesnt_simulate(tmp_path, tec
     assert bits["linear_input"] == "bf16"
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("target", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_transposes_of_rounded_activations_stay(tmp_path, target: str) -> None:
     engine = engines.get(target)
     compressed = run(original("swin"), Int8())
