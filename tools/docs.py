@@ -154,6 +154,8 @@ def few_bits(document: Mapping[str, Any]) -> str:
         "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "
         "`results/ptq.json` has the bits of every kind of tensor for each number.",
     ]
+    if any(entry.get("grid_images") == "first" for entry in entries):
+        lines += ["", "† Measured when grids saw the first 32 calibration images, which may be of few classes."]
     for name, its in groupby(sorted(entries, key=lambda e: e["model"]), key=lambda e: e["model"]):
         group = list(its)
         split = {e["recipe"]: e["recipe"].rpartition("-") for e in group}
@@ -277,7 +279,9 @@ def _top1(entry: Mapping[str, Any] | None) -> float:
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    return f"{entry['top1_pct']:.1f}" if "top1_pct" in entry else "failed"
+    if "top1_pct" not in entry:
+        return "failed"
+    return f"{entry['top1_pct']:.1f}{'†' if entry.get('grid_images') == 'first' else ''}"
 
 
 def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
