@@ -1,6 +1,6 @@
-"""Trains the small models that quantizing is measured on beside ViTs: a Swin and a hybrid, on CIFAR-10.
+"""Trains the small models that quantizing is measured on beside ViTs, on CIFAR-10: a Swin, a hybrid, a Mamba.
 
-    python benchmarks/cifar.py swin hybrid --out DIR        # some twenty minutes on two cores
+    python benchmarks/cifar.py swin hybrid mamba --out DIR        # an hour on two cores
 
 Writes DIR/NAME.safetensors and DIR/NAME.json, which says how it was trained and its top-1 on the test images. What is
 there already isn't trained again. `load` gives a trained one to other benchmarks.
@@ -41,7 +41,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True, kw_only=True)
 class Small:
-    """A timm model cut down to what CIFAR-10 needs. size: side of the images it takes, in pixels."""
+    """A model cut down to what CIFAR-10 needs. size: side of the images it takes, in pixels."""
 
     model: str
     size: int
@@ -54,7 +54,7 @@ class Small:
         """The model, random or from a file."""
         preprocess = {"size": (self.size, self.size), "resize": self.size, "mean": MEAN, "std": STD}
         return load_model(
-            f"timm:{self.model}",
+            self.model,
             weights=weights,
             num_classes=CLASSES,
             model_kwargs=self.kwargs,
@@ -65,7 +65,7 @@ class Small:
 
 SMALL = {
     "swin": Small(
-        model="swin_tiny_patch4_window7_224",
+        model="timm:swin_tiny_patch4_window7_224",
         size=32,
         epochs=12,
         rate=1e-3,
@@ -80,7 +80,15 @@ SMALL = {
             "drop_path_rate": 0.0,
         },
     ),
-    "hybrid": Small(model="mobilevit_xxs", size=64, epochs=5, rate=2e-3, bfloat16=False),
+    "hybrid": Small(model="timm:mobilevit_xxs", size=64, epochs=5, rate=2e-3, bfloat16=False),
+    "mamba": Small(
+        model="martlet:efficientvmamba_tiny",
+        size=64,
+        epochs=6,
+        rate=2e-3,
+        bfloat16=False,
+        kwargs={"dim": 32, "depths": [2, 2, 2], "states": 8},
+    ),
 }
 
 
@@ -158,7 +166,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, f"{weights}.part")
     os.replace(f"{weights}.part", weights)
     record = {
-        "model": f"timm:{small.model}",
+        "model": small.model,
         "kwargs": dict(small.kwargs),
         "size": small.size,
         "data": "CIFAR-10, 50,000 images to train, 10,000 to test",

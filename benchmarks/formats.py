@@ -1,6 +1,6 @@
 """Number formats, compared: accuracy, size and latency of each on every engine, over pretrained backbones.
 
-    python benchmarks/cifar.py swin hybrid --out DIR                      # once, for two of the four models
+    python benchmarks/cifar.py swin hybrid mamba --out DIR                # once, for three of the five models
     python benchmarks/formats.py --cifar DIR                              # all of it
     python benchmarks/formats.py --cifar DIR --parts latency --again      # the times anew, on a quiet machine
 

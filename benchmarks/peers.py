@@ -340,6 +340,15 @@ def open_document(
     return document
 
 
+def commit() -> str | None:
+    """The code that is measured: its commit, with `-dirty` where files differ from it; None outside a checkout."""
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def finished(document: Mapping[str, Any]) -> set[str]:
     """Models that need no second run."""
     return {model["name"] for model in document["models"]}

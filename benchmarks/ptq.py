@@ -1,6 +1,6 @@
 """Few bits, compared: every shipped method on the same models, bits, calibration images and test images.
 
-    python benchmarks/cifar.py swin hybrid --out DIR             # once, for the models that aren't ViT-Ti
+    python benchmarks/cifar.py swin hybrid mamba --out DIR       # once, for the models that aren't ViT-Ti
     python benchmarks/ptq.py --cifar DIR                         # the whole grid: hours on two cores
     python benchmarks/ptq.py --models vit_tiny --recipes adalog martlet --bits w4a4 w3a3
 
@@ -29,6 +29,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.calibration import Calibration
+from martlet.measure import memory
 from martlet.measure.fidelity import fidelity
 
 if TYPE_CHECKING:
@@ -38,8 +39,22 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
-QUICK = ("uniform", "ptq4vit", "repq-vit", "lrp-qvit", "dopq-vit", "mptq-vit", "svdquant", "adalog", "mixed")
-LEARNED = ("qdrop", "is-vit", "aphq-vit", "fima-q", "martlet", "martlet-mixed")
+QUICK = (
+    "uniform",
+    "noisyquant",
+    "ptq4vit",
+    "q-hyvit",
+    "mambaquant",
+    "svdquant",
+    "repq-vit",
+    "lrp-qvit",
+    "lrp-qvit-mixed",
+    "mptq-vit",
+    "dopq-vit",
+    "adalog",
+    "mixed",
+)
+LEARNED = ("adaround", "gradient-ptq", "qdrop", "repquant", "is-vit", "aphq-vit", "fima-q", "martlet", "martlet-mixed")
 OTHERS = ("int8-f32", "rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 
 
@@ -169,17 +184,21 @@ def prepare(name: str, options: argparse.Namespace, settings: Settings) -> Ready
 def measure(
     ready: Ready, recipe: str | Recipe, calibration: Calibration, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
-    """What one recipe leaves of a model: accuracy, closeness, bits of every kind of tensor, and seconds it took."""
+    """What one recipe leaves of a model: accuracy, closeness, bits of every kind of tensor; seconds and memory it took.
+
+    The memory is all that the process holds, with PyTorch, the calibration and the test images.
+    """
     from torch.fx import GraphModule
 
     from martlet.graph.bits import bit_map
 
+    memory.forget_peak()
     start = time.perf_counter()
     try:
         applied = _recipe(recipe) if isinstance(recipe, str) else recipe
         context = Context(images=calibration, seed=settings.seed, progress=progress)
         done = pipeline.run(ready.model.copy(), applied, context)
-        seconds = time.perf_counter() - start
+        seconds, peak = time.perf_counter() - start, memory.process_peak_rss_bytes()
         logits = _logits(done.module, ready.x, settings.batch)
         found = fidelity(ready.exact, logits)
         assert isinstance(done.module, GraphModule)
@@ -188,7 +207,9 @@ def measure(
             "agreement_pct": found["top1_agreement_pct"],
             "sqnr_db": found["logit_sqnr_db"],
             "simulated": True,
+            "commit": peers.commit(),
             "seconds": round(seconds, 1),
+            "peak_rss_bytes": peak,
             "bits": bit_map(done.module, "f32"),
         }
     except MartletError as error:

@@ -46,11 +46,14 @@ def main(job: str) -> None:
     session = engine.get(asked["engine"]).open(folder, **asked["options"])
     for _ in range(RUNS):
         session(np.zeros((1, 3, *size), dtype=np.float32))
-    print(_peak_rss_bytes())
+    print(process_peak_rss_bytes())
 
 
-def _peak_rss_bytes() -> int:
-    """Of this process. Linux's `ru_maxrss` won't do: it starts at what the parent held when it forked."""
+def process_peak_rss_bytes() -> int:
+    """The most that this process held since it began, or since `forget_peak`.
+
+    Linux's `ru_maxrss` won't do: it starts at what the parent held when it forked.
+    """
     if sys.platform.startswith("linux"):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
@@ -58,6 +61,12 @@ def _peak_rss_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> None:
+    """Lets `process_peak_rss_bytes` begin anew, on Linux; elsewhere a peak stays that of the whole process."""
+    if sys.platform.startswith("linux"):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 if __name__ == "__main__":
