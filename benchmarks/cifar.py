@@ -83,7 +83,7 @@ SMALL = {
     "hybrid": Small(model="timm:mobilevit_xxs", size=64, epochs=5, rate=2e-3, bfloat16=False),
     "mamba": Small(
         model="martlet:efficientvmamba_tiny",
-        size=64,
+        size=32,
         epochs=6,
         rate=2e-3,
         bfloat16=False,
