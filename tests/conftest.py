@@ -1,4 +1,4 @@
-"""What every test may use: real images and weights where there are some, fixed seeds, two threads, no network."""
+"""What every test may use: real images and weights where there are some, fixed seeds, one thread, no network."""
 
 import os
 import random
@@ -30,9 +30,9 @@ def assets() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Sums depend on how many threads share them."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Sums depend on how many threads share them; and several processes test at once, each with a core."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
