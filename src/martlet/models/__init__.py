@@ -3,6 +3,7 @@
 A family is written as timm writes one: `default_cfgs` says how a model wants its images and where its weights lie, and
 `@register_model` makes the function of each model known. So `timm.create_model(name)` works once this package is
 imported, and a new family is one new file here, listed nowhere else. `PAPER` beside them is what its paper states.
+`timm_papers` has the same of architectures that timm brings itself: together they are the table to choose from.
 """
 
 from __future__ import annotations
@@ -16,15 +17,29 @@ from pkgutil import iter_modules
 from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from martlet.core.errors import SourceError, nearest
 from martlet.data.preprocess import Preprocess
-from martlet.models.paper import Paper
+from martlet.models.paper import Paper, Stated
+from martlet.models.timm_papers import PAPERS
 from martlet.source.timm import preprocess as timm_preprocess
 
-__all__ = ["class_names", "create", "names", "paper", "preprocess", "weights"]
+__all__ = [
+    "class_names",
+    "create",
+    "image_size",
+    "names",
+    "paper",
+    "preprocess",
+    "skeleton",
+    "spec",
+    "stated",
+    "timm_names",
+    "weights",
+]
 
 for _family in iter_modules(__path__, f"{__name__}."):
     import_module(_family.name)
@@ -81,14 +96,76 @@ def class_names(name: str) -> tuple[str, ...] | None:
     return _cfg(name).label_names
 
 
+def timm_names() -> tuple[str, ...]:
+    """Architectures of the installed timm whose papers' figures are kept here, family by family."""
+    return tuple(name for name in _timm_papers() if timm.is_model(name))
+
+
+def spec(name: str) -> str:
+    """What one types for a model of `names` or `timm_names`: `martlet:cswin_tiny`, `timm:repvit_m1_0`."""
+    return f"{'timm' if name in _timm_papers() else 'martlet'}:{name}"
+
+
 def paper(name: str) -> Paper | None:
     """What the paper of the model's family states; None of a model that is our own.
+
+    name: of `names` or of `timm_names`.
 
     Raises:
         SourceError: no such model.
     """
+    if name in _timm_papers():
+        return _timm_papers()[name]
     _cfg(name)
     return getattr(sys.modules[model_entrypoint(name).__module__], "PAPER", None)
+
+
+def stated(name: str) -> Stated | None:
+    """The model's own row of `paper`.
+
+    Raises:
+        SourceError: no such model.
+    """
+    found = paper(name)
+    return found.models[name] if found else None
+
+
+def image_size(name: str) -> tuple[int, int]:
+    """(H, W) of the images that the model's figures are of: those of its paper.
+
+    Raises:
+        SourceError: no such model.
+    """
+    row = stated(name)
+    if row and row.image_size:
+        return row.image_size, row.image_size
+    if name not in _timm_papers():
+        return preprocess(name).size
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    return cfg.input_size[1], cfg.input_size[2]
+
+
+def skeleton(name: str) -> nn.Module:
+    """The model without values (on the meta device), in inference mode, in the form that its paper counts.
+
+    Raises:
+        SourceError: no such model.
+    """
+    from martlet.techniques.fuse.fuse import reparameterize_
+
+    row = stated(name)
+    with torch.device("meta"):
+        module = timm.create_model(name, num_classes=1000) if name in _timm_papers() else timm.create_model(name)
+        module.eval()
+        if row and row.fused:
+            reparameterize_(module)
+    return module
+
+
+@cache
+def _timm_papers() -> dict[str, Paper]:
+    return {name: paper for paper in PAPERS for name in paper.models}
 
 
 def _cfg(name: str) -> PretrainedCfg:

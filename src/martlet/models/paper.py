@@ -19,6 +19,8 @@ class Stated:
     params, macs: what papers call FLOPs is MACs, per image of the model's own size. None where the paper is silent.
     top1_pct: on ImageNet-1K's validation set, trained on it alone.
     counts_attention: False if the paper's counter can't see the products of two activations.
+    image_size: the side of the images that the row is of, if it isn't the model's own.
+    fused: True if the row is of the model for inference, its training-time branches and batch norms merged.
     differs: what our count doesn't agree with, and why; a reason for each of `params` and `macs` that it names.
     """
 
@@ -26,6 +28,8 @@ class Stated:
     macs: str | None
     top1_pct: float | None = None
     counts_attention: bool = True
+    image_size: int | None = None
+    fused: bool = False
     differs: Mapping[str, str] = field(default_factory=dict)
 
     def agrees(self, quantity: str, counted: int) -> bool:

@@ -19,10 +19,11 @@ from martlet.measure.macs import macs, macs_by_node
 from martlet.models.paper import Stated, figure
 
 OF_A_PAPER = [name for name in models.names() if models.paper(name)]
-
-
-def stated(name):
-    return models.paper(name).models[name]
+OF_TIMM = [
+    name if name in ("repvit_m0_9", "tiny_vit_5m_224", "convit_small") else pytest.param(name, marks=pytest.mark.slow)
+    for name in models.timm_names()
+]
+"""Fused, of other classes unless told, and counted without attention; the others by make test-all."""
 
 
 def macs_run(module, size):
@@ -54,25 +55,23 @@ def test_every_family_has_a_tiny_variant():
         assert {type(models.create(name)) for name in OF_A_PAPER} == families
 
 
-@pytest.mark.parametrize("name", OF_A_PAPER)
+@pytest.mark.parametrize("name", [*OF_A_PAPER, *OF_TIMM])
 def test_params_are_the_papers(name):
-    with torch.device("meta"):
-        params = sum(parameter.numel() for parameter in models.create(name).parameters())
-    assert verdict(stated(name), "params", params) == ""
+    params = sum(parameter.numel() for parameter in models.skeleton(name).parameters())
+    assert verdict(models.stated(name), "params", params) == ""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OF_A_PAPER)
+@pytest.mark.parametrize("name", [*OF_A_PAPER, *models.timm_names()])
 def test_macs_are_the_papers(name):
-    size = models.preprocess(name).size
+    module, size = models.skeleton(name), models.image_size(name)
     with torch.device("meta"):
-        module = models.create(name).eval()
-        if stated(name).counts_attention:
+        if models.stated(name).counts_attention:
             counted = macs_run(module, size)
         else:
             graph = trace(module, size)
             counted = sum(n.macs for n in macs_by_node(graph, example_values(graph, size)).values() if not n.attention)
-    assert verdict(stated(name), "macs", counted) == ""
+    assert verdict(models.stated(name), "macs", counted) == ""
 
 
 def test_the_comparison_with_papers_can_fail():
