@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pad, scaled_dot_product_attention
+from torch.nn.functional import avg_pool2d, interpolate, pad, scaled_dot_product_attention
 
 from martlet.models.backbone import Backbone, Block, Stage, cfg, drop_path_rates, make, merge_heads, pair, split_heads
 from martlet.models.paper import Paper, Stated
 
 __all__ = ["FasterViT"]
+
+FOUR = {
+    "params": "365.6 M here, and in the authors' code of that name",
+    "macs": "42.7 G here; without carriers it has the 271.9 M parameters that the authors print for such a model",
+}
+FIVE = {"params": "957.5 M: two digits of the authors' table seem to have changed places"}
 
 PAPER = Paper(
     title="FasterViT: Fast Vision Transformers with Hierarchical Attention",
@@ -27,6 +33,10 @@ PAPER = Paper(
         "fastervit_0": Stated(params="31.4M", macs="3.3G", top1_pct=82.1),
         "fastervit_1": Stated(params="53.4M", macs="5.3G", top1_pct=83.2),
         "fastervit_2": Stated(params="75.9M", macs="8.7G", top1_pct=84.2),
+        "fastervit_3": Stated(params="159.5M", macs="18.2G", top1_pct=84.9),
+        "fastervit_4": Stated(params="424.6M", macs="36.6G", top1_pct=85.4, differs=FOUR),
+        "fastervit_5": Stated(params="975.5M", macs="113.0G", top1_pct=85.6, differs=FIVE),
+        "fastervit_6": Stated(params="1360.0M", macs="142.0G", top1_pct=85.8),
     },
 )
 
@@ -99,6 +109,8 @@ class HierarchicalBlock(nn.Module):
         window: H and W of a window.
         carriers: H and W of the grid of all carrier tokens; None for windows that don't talk.
         each: Carriers of a window, along a side.
+        layer_scale: What learned scales of attention and MLP start as; None for no scales.
+        propagate: The carriers are added to the tokens that they stand for, scaled as their attention is.
     """
 
     def __init__(
@@ -110,13 +122,19 @@ class HierarchicalBlock(nn.Module):
         each: int,
         mlp_ratio: float,
         drop_path: float,
+        layer_scale: float | None = None,
+        propagate: bool = False,
     ) -> None:
         super().__init__()
-        self.carriers, self.each = carriers, each
+        self.window, self.carriers, self.each = window, carriers, each
+        self.propagate = propagate and carriers is not None
+
+        def scaled(part: nn.Module) -> nn.Module:
+            return part if layer_scale is None else nn.Sequential(part, LayerScale(dim, layer_scale))
 
         def block(size: Size, extra: int = 0) -> Block:
             attention = BiasedAttention(dim, num_heads, size, extra)
-            return Block(dim, attention, Mlp(dim, int(mlp_ratio * dim)), drop_path)
+            return Block(dim, scaled(attention), scaled(Mlp(dim, int(mlp_ratio * dim))), drop_path)
 
         self.position = Position(dim, window)
         self.local = block(window, each * each if carriers else 0)
@@ -132,7 +150,16 @@ class HierarchicalBlock(nn.Module):
         talked: Tensor = self.globally(self.carrier_position(carriers))
         own = window_partition(talked.unflatten(1, self.carriers), size).flatten(1, 2)  # (B windows, each², C)
         own, x = self.local(torch.cat([own, x], 1)).split([own.shape[1], x.shape[1]], 1)
+        if self.propagate:
+            x = x + self.spread(own)
         return x, window_reverse(own.unflatten(1, size), size, *self.carriers).flatten(1, 2)
+
+    def spread(self, carriers: Tensor) -> Tensor:
+        """A window's carriers (B windows, each², C) at the places of its tokens: (B windows, N, C)."""
+        image = carriers.transpose(1, 2).unflatten(2, (self.each, self.each))
+        at_tokens = interpolate(image, self.window, mode="nearest").flatten(2).transpose(1, 2)
+        mixer = self.globally.mixer if self.globally else None
+        return mixer[1](at_tokens) if isinstance(mixer, nn.Sequential) else at_tokens
 
 
 class HierarchicalStage(nn.Module):
@@ -149,10 +176,11 @@ class HierarchicalStage(nn.Module):
             self.init_carriers = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.stride = (size[0] // grid[0], size[1] // grid[1])
             self.kernel = tuple(side - (n - 1) * s for side, n, s in zip(size, grid, self.stride, strict=True))
-        rates = block.pop("rates")
+        rates, propagate = block.pop("rates"), block.pop("propagate", False)
+        block |= {"window": self.window, "carriers": carriers, "each": each}
         self.blocks = nn.ModuleList(
-            HierarchicalBlock(dim, window=self.window, carriers=carriers, each=each, drop_path=rate, **block)
-            for rate in rates
+            HierarchicalBlock(dim, drop_path=rate, propagate=propagate and i == len(rates) - 1, **block)
+            for i, rate in enumerate(rates)
         )
         self.has_carriers = carriers is not None
 
@@ -196,6 +224,7 @@ class FasterViT(Backbone):
         convs: Stages from the first that are of convolutions.
         hat: For each stage, whether its windows have carriers; one window alone has none.
         carriers: Of each window, along a side.
+        layer_scale, propagate: As HierarchicalBlock's, `propagate` for the last of a stage.
     """
 
     def __init__(
@@ -212,6 +241,8 @@ class FasterViT(Backbone):
         window: int = 7,
         carriers: int = 2,
         mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        propagate: bool = False,
         drop_path_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -231,6 +262,7 @@ class FasterViT(Backbone):
                 stages.append(Stage(downsample, blocks, channels_last=False))
             else:
                 block = {"num_heads": num_heads[i], "mlp_ratio": mlp_ratio, "rates": rates}
+                block |= {"layer_scale": layer_scale, "propagate": propagate}
                 stages.append(HierarchicalStage(downsample, c, size, window, carriers, hat[i], **block))
         divisor = 4 * 2 ** (len(depths) - 1) * window
         norm = nn.BatchNorm2d(dims[-1])
@@ -261,3 +293,33 @@ def fastervit_1(pretrained: bool = False, **kwargs: Any) -> FasterViT:
 def fastervit_2(pretrained: bool = False, **kwargs: Any) -> FasterViT:
     """FasterViT-2."""
     return make(FasterViT, "fastervit_2", pretrained, kwargs, dim=96, depths=(3, 3, 8, 5))
+
+
+def _large(name: str, pretrained: bool, kwargs: dict[str, Any], **dims: Any) -> FasterViT:
+    """Those with scales and propagated carriers."""
+    depths = dims.pop("depths", (3, 3, 12, 5))
+    return make(FasterViT, name, pretrained, kwargs, depths=depths, layer_scale=1e-5, propagate=True, **dims)
+
+
+@register_model
+def fastervit_3(pretrained: bool = False, **kwargs: Any) -> FasterViT:
+    """FasterViT-3."""
+    return _large("fastervit_3", pretrained, kwargs, dim=128)
+
+
+@register_model
+def fastervit_4(pretrained: bool = False, **kwargs: Any) -> FasterViT:
+    """FasterViT-4."""
+    return _large("fastervit_4", pretrained, kwargs, dim=196, num_heads=(4, 8, 16, 32))
+
+
+@register_model
+def fastervit_5(pretrained: bool = False, **kwargs: Any) -> FasterViT:
+    """FasterViT-5."""
+    return _large("fastervit_5", pretrained, kwargs, dim=320, num_heads=(4, 8, 16, 32))
+
+
+@register_model
+def fastervit_6(pretrained: bool = False, **kwargs: Any) -> FasterViT:
+    """FasterViT-6."""
+    return _large("fastervit_6", pretrained, kwargs, dim=320, depths=(3, 3, 16, 8), num_heads=(4, 8, 16, 32))

@@ -53,11 +53,14 @@ default_cfgs = generate_default_cfgs({name: cfg(first_conv="stem.0") for name in
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
-class SpectralGate(nn.Module):
-    """F⁻¹(weight ∘ F(x)), F the 2-D Fourier transform of each real channel (section 3.2). (B, H, W, C) -> the same.
+class Fourier(nn.Module):
+    """The 2-D Fourier transform of real images, as two products with real matrices: one over W, one over H.
 
-    weight: (H, W / 2 + 1, C, 2), real and imaginary part. F is two products with real matrices: one over W, one over H
-    on real and imaginary parts stacked.
+    Spectra are (B, C, 2 P, Q / 2 + 1): real above imaginary parts.
+
+    Args:
+        size: (H, W) of the images.
+        period: (P, Q), at least `size`; images are 0 outside. Theirs if None.
     """
 
     rows: Tensor
@@ -65,34 +68,51 @@ class SpectralGate(nn.Module):
     columns_back: Tensor
     rows_back: Tensor
 
-    def __init__(self, dim: int, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], period: tuple[int, int] | None = None) -> None:
         super().__init__()
-        h, w = size
-        kept = w // 2 + 1
-        self.weight = nn.Parameter(0.02 * torch.randn(h, kept, dim, 2))
-        angle = 2 * pi / w * torch.outer(torch.arange(w), torch.arange(kept)).double()  # (W, W / 2 + 1)
-        twice = torch.tensor([1.0 if k in (0, w - k) else 2.0 for k in range(kept)]).double()[:, None]
-        back = twice / w * angle.T.cos(), -twice / w * angle.T.sin()
-        turn = 2 * pi / h * torch.outer(torch.arange(h), torch.arange(h)).double()
-        c, s = turn.cos(), turn.sin()
+        (h, w), (p, q) = size, period or size
+        kept = q // 2 + 1
+        angle = 2 * pi / q * torch.outer(torch.arange(w), torch.arange(kept)).double()  # (W, Q / 2 + 1)
+        twice = torch.tensor([1.0 if k in (0, q - k) else 2.0 for k in range(kept)]).double()[:, None]
+        back = twice / q * angle.T.cos(), -twice / q * angle.T.sin()
+        turn = 2 * pi / p * torch.outer(torch.arange(p), torch.arange(h)).double()
+        c, s = turn.cos(), turn.sin()  # (P, H)
         matrices = {
-            "rows": torch.cat([angle.cos(), -angle.sin()], 1),  # (W, 2 (W / 2 + 1))
-            "columns": torch.cat([torch.cat([c, s], 1), torch.cat([-s, c], 1)]),  # (2 H, 2 H)
-            "columns_back": torch.cat([torch.cat([c, -s], 1), torch.cat([s, c], 1)]) / h,
-            "rows_back": torch.cat(back),  # (2 (W / 2 + 1), W)
+            "rows": torch.cat([angle.cos(), -angle.sin()], 1),  # (W, 2 (Q / 2 + 1))
+            "columns": torch.cat([torch.cat([c, s], 1), torch.cat([-s, c], 1)]),  # (2 P, 2 H)
+            "columns_back": torch.cat([torch.cat([c.T, -s.T], 1), torch.cat([s.T, c.T], 1)]) / p,  # (2 H, 2 P)
+            "rows_back": torch.cat(back),  # (2 (Q / 2 + 1), W)
         }
         for name, matrix in matrices.items():
             self.register_buffer(name, matrix.float(), persistent=False)
 
+    def transform(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> spectra."""
+        return self.columns @ torch.cat((x @ self.rows).chunk(2, -1), -2)
+
+    def restore(self, spectrum: Tensor) -> Tensor:
+        """Spectra -> images (B, C, H, W), cut out of their period."""
+        return torch.cat((self.columns_back @ spectrum).chunk(2, -2), -1) @ self.rows_back
+
+    def multiply(self, spectrum: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
+        """Spectra by (C, P, Q / 2 + 1), complex."""
+        a, b = spectrum.chunk(2, -2)
+        return torch.cat([a * real - b * imaginary, a * imaginary + b * real], -2)
+
+
+class SpectralGate(Fourier):
+    """F⁻¹(weight ∘ F(x)), F the 2-D Fourier transform of each real channel (section 3.2). (B, H, W, C) -> the same.
+
+    weight: (H, W / 2 + 1, C, 2), real and imaginary part.
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int]) -> None:
+        super().__init__(size)
+        self.weight = nn.Parameter(0.02 * torch.randn(size[0], size[1] // 2 + 1, dim, 2))
+
     def forward(self, x: Tensor) -> Tensor:
-        spectrum = torch.cat((x.permute(0, 3, 1, 2) @ self.rows).chunk(2, -1), -2)  # (B, C, 2 H, W / 2 + 1)
-        real, imaginary = (self.columns @ spectrum).chunk(2, -2)
-        gate_real, gate_imaginary = self.weight.permute(3, 2, 0, 1)  # (C, H, W / 2 + 1)
-        gated = torch.cat(
-            [real * gate_real - imaginary * gate_imaginary, real * gate_imaginary + imaginary * gate_real], -2
-        )
-        real, imaginary = (self.columns_back @ gated).chunk(2, -2)
-        return (torch.cat([real, imaginary], -1) @ self.rows_back).permute(0, 2, 3, 1)
+        spectrum = self.transform(x.permute(0, 3, 1, 2))
+        return self.restore(self.multiply(spectrum, *self.weight.permute(3, 2, 0, 1))).permute(0, 2, 3, 1)
 
 
 class ClassBlock(nn.Module):

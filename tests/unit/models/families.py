@@ -139,9 +139,16 @@ FAMILIES = {
             "window": 2,
             "carriers": 1,
             "mlp_ratio": 2.0,
+            "layer_scale": 0.5,
+            "propagate": True,
         },
         (32, 48),
         refused=((32, 32), r"takes images of 32 × 48, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
+    "hyena_deit_tiny_patch16_224": Family(
+        {"img_size": (32, 40), "patch": 4, "dim": 16, "depths": (2, 2), "attention": 1, "num_heads": 2},
+        (32, 40),
+        refused=((32, 32), r"takes images of 32 × 40, not 32 × 32; make it with img_size=\(32, 32\)"),
     ),
     "efficientvmamba_tiny": Family(
         {"dim": 16, "depths": (1, 1), "scans": 1, "states": 2},

@@ -55,6 +55,37 @@ def test_bias_is_log_spaced_and_none_of_carriers():
             assert torch.allclose(found[:, 2 + i, 2 + j], 16 * layer.mlp(spaced).sigmoid(), atol=1e-6)
 
 
+def test_scales_multiply_attention_and_mlp():
+    block = HierarchicalBlock(8, 2, (2, 2), (2, 3), 1, 2.0, 0.0, layer_scale=1.0).double()
+    x, carriers = torch.randn(6, 4, 8).double(), torch.randn(1, 6, 8).double()
+    plain = HierarchicalBlock(8, 2, (2, 2), (2, 3), 1, 2.0, 0.0).double()
+    named = list(block.named_parameters())
+    scales = [value for name, value in named if name.endswith("gamma")]
+    others = [value for name, value in named if not name.endswith("gamma")]
+    for mine, value in zip(plain.parameters(), others, strict=True):
+        mine.data = value.data
+    with torch.no_grad():
+        assert torch.allclose(block(x, carriers)[0], plain(x, carriers)[0], atol=1e-9)
+        for scale in scales:
+            scale.zero_()
+        assert torch.equal(block(x, carriers)[0], block.position(x))
+    assert [scale.shape for scale in scales] == [(8,)] * 4
+
+
+def test_carriers_are_propagated_to_the_nearest_tokens():
+    block = HierarchicalBlock(8, 2, (3, 3), (4, 4), 2, 2.0, 0.0, layer_scale=0.5, propagate=True).double()
+    x, carriers = torch.randn(4, 9, 8).double(), torch.randn(1, 16, 8).double()  # 2 · 2 windows of 3 · 3
+    with torch.no_grad():
+        scale = block.globally.mixer[1].gamma.copy_(torch.randn(8))
+        tokens, talked = block(x, carriers)
+        block.propagate = False
+        added = tokens - block(x, carriers)[0]
+    for window in range(4):
+        for token in range(9):
+            row, column = 2 * (window // 2) + 2 * (token // 3) // 3, 2 * (window % 2) + 2 * (token % 3) // 3
+            assert torch.allclose(added[window, token], scale * talked[0, 4 * row + column], atol=1e-9)
+
+
 @pytest.mark.parametrize(("size", "hat", "has"), [((4, 4), True, True), ((2, 2), True, False), ((4, 4), False, False)])
 def test_who_has_carriers(size, hat, has):
     rates = {"rates": [0.0], "num_heads": 2, "mlp_ratio": 1.0}
