@@ -150,6 +150,12 @@ FAMILIES = {
         (32, 40),
         refused=((32, 32), r"takes images of 32 × 40, not 32 × 32; make it with img_size=\(32, 32\)"),
     ),
+    "medvit_v2_tiny": Family(
+        {"dims": (32, 128), "depths": (1, 2), "pattern": ("L", "LG"), "dilations": (1, 2), "pools": (1, 2)},
+        (128, 128),
+        others=((128, 160),),
+        refused=((32, 128), "a neighbourhood of 7 × 7, 2 apart, is larger than the feature map of 4 × 16"),
+    ),
     "efficientvmamba_tiny": Family(
         {"dim": 16, "depths": (1, 1), "scans": 1, "states": 2},
         (32, 32),
