@@ -132,7 +132,7 @@ class Merge(nn.Module):
 
 
 class HyenaND(Backbone):
-    """Zimerman and Wolf, "Multi-Dimensional Hyena for Spatial Inductive Bias", arXiv:2309.13600, section 4.
+    """Zimerman and Wolf, "Multi-Dimensional Hyena for Spatial Inductive Bias", arXiv:2309.13600.
 
     With one stage a DeiT without class token, its places embedded; with more a Swin. Every other block of a stage
     filters backwards.

@@ -217,7 +217,7 @@ class GlobalBlock(nn.Module):
 
 
 class MedViTV2(Backbone):
-    """Manzari et al., "MedViTV2", arXiv:2502.13693, section 3. Sides: multiples of 32, 128 at least.
+    """Manzari et al., "MedViTV2", arXiv:2502.13693. Sides: multiples of 32, 128 at least.
 
     Args:
         pattern: For each stage the kinds of its blocks, repeated: local or global.

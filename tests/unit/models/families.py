@@ -156,6 +156,23 @@ FAMILIES = {
         others=((128, 160),),
         refused=((32, 128), "a neighbourhood of 7 × 7, 2 apart, is larger than the feature map of 4 × 16"),
     ),
+    "fit_tiny_patch8_224": Family(
+        {
+            "img_size": (32, 48),
+            "group": 2,
+            "latents": 3,
+            "dim": 32,
+            "latent_dim": 16,
+            "local": (1, 1, 1),
+            "globally": (1, 1),
+            "num_heads": 2,
+            "latent_heads": 2,
+            "mlp_ratio": 2.0,
+        },
+        (32, 48),
+        refused=((32, 32), r"takes images of 32 × 48, not 32 × 32; make it with img_size=\(32, 32\)"),
+        hierarchical=False,
+    ),
     "efficientvmamba_tiny": Family(
         {"dim": 16, "depths": (1, 1), "scans": 1, "states": 2},
         (32, 32),
