@@ -4,9 +4,11 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import gelu
+from torch.utils.flop_counter import FlopCounterMode
 
 from martlet import models
-from martlet.models.kat import GroupRational
+from martlet.models.kat import PAPER, GroupRational
+from martlet.models.paper import figure
 
 
 def oracle(x, a, b, groups):
@@ -63,3 +65,22 @@ def test_weights_of_a_vit_give_nearly_its_logits():
     with torch.no_grad():
         assert (kat(x) - vit(x)).norm() < 0.02 * vit(x).norm()
         assert (kat(x.flip(0)) - vit(x)).norm() > 0.1 * vit(x).norm()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "tiny" in name else pytest.mark.slow) for name in PAPER.models]
+)
+def test_macs_as_the_authors_count_them(name):
+    added = []  # 21 for each value of a rational function, 5 for each that is normalized; attention not at all
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        module = models.create(name).eval()
+        for part in module.modules():
+            cost = 21 if isinstance(part, GroupRational) else 5
+            if isinstance(part, GroupRational | torch.nn.LayerNorm):
+                part.register_forward_hook(lambda _, args, output, cost=cost: added.append(cost * output.numel()))
+        module(torch.zeros(1, 3, 224, 224))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "bmm" not in str(op) and "attention" not in str(op)) // 2
+    value, last_digit = figure(PAPER.models[name].macs)
+    assert abs(products + sum(added) - value) <= last_digit / 2
+    assert abs(products - value) > last_digit
