@@ -1,5 +1,5 @@
-"""Writes the generated parts of the documentation: docs/techniques.md, docs/few-bits.md, docs/formats.md, the README's
-table.
+"""Writes what is generated: docs/techniques.md, docs/zoo.md, docs/few-bits.md, docs/formats.md, the README's table, and
+the results that come with the package.
 
 python tools/docs.py            # write
 python tools/docs.py --check    # write nothing; exit 1 and name the files that are stale
@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from martlet.cli.list import recipes
 from martlet.core import registry
+from martlet.report import cards
+from martlet.report.cards import table
 
 ROOT = Path(__file__).parents[1]
 TECHNIQUES, FEW_BITS, README = Path("docs/techniques.md"), Path("docs/few-bits.md"), Path("README.md")
 FORMATS = Path("docs/formats.md")
+ZOO, RECORDS = Path("docs/zoo.md"), Path("src/martlet/models/zoo.json")
 MAX_DROP_PCT = 1.0
 """Points of top-1 that a format may lose to be advised: what the gate allows unless told otherwise."""
 BEGIN, END = "<!-- results:peers -->", "<!-- /results:peers -->"
@@ -48,6 +51,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 def pages(root: Path) -> dict[Path, str]:
     """What every generated file has to hold."""
     found = {TECHNIQUES: techniques(), README: readme((root / README).read_text(encoding="utf-8"), root / "results")}
+    document = newest(root / "results", "zoo")
+    found[ZOO] = cards.page(document)
+    if document:
+        from martlet.models.records import shipped
+
+        found[RECORDS] = shipped(document)
     if document := newest(root / "results", "ptq"):
         found[FEW_BITS] = few_bits(document)
     if document := newest(root / "results", "formats"):
@@ -282,12 +291,6 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     if "top1_pct" not in entry:
         return "failed"
     return f"{entry['top1_pct']:.1f}{'†' if entry.get('grid_images') == 'first' else ''}"
-
-
-def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table, line by line."""
-    heading = list(heading)
-    return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
 
 
 def _entry(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from martlet.core.model import Model
 
 aten = torch.ops.aten
@@ -35,6 +37,21 @@ def macs(model: Model) -> int:
     size = model.preprocess.size
     module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
     return sum(node.macs for node in macs_by_node(module, example_values(module, size)).values())
+
+
+def macs_run(module: nn.Module, size: tuple[int, int]) -> int:
+    """Per image, as PyTorch's own counter sees them run: what a second image adds. No trace, so it takes a second.
+
+    module: on the meta device, where attention isn't fused, which the counter can't see into.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = []
+    for batch in (1, 2):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.zeros(batch, 3, *size, device="meta"))
+        flops.append(counter.get_total_flops())
+    return (flops[1] - flops[0]) // 2
 
 
 def macs_by_node(graph_module: GraphModule, shapes: Mapping[Node, Sequence[int]]) -> dict[Node, NodeMacs]:

@@ -32,6 +32,7 @@ __all__ = [
     "create",
     "image_size",
     "names",
+    "origin_of_weights",
     "paper",
     "preprocess",
     "skeleton",
@@ -48,7 +49,8 @@ for _family in iter_modules(__path__, f"{__name__}."):
 @cache
 def names() -> tuple[str, ...]:
     """Every model of the zoo, sorted."""
-    return tuple(name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__name__}."))
+    ours = (name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__name__}."))
+    return tuple(sorted(ours))
 
 
 def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -85,6 +87,18 @@ def weights(name: str) -> Path | None:
     """
     file = _cfg(name).file
     return None if file is None else Path(file)
+
+
+def origin_of_weights(name: str) -> str:
+    """`trained`: they come with Martlet. `timm`: timm has some to download. `random`: there are none.
+
+    Raises:
+        SourceError: no such model.
+    """
+    if name not in _timm_papers():
+        return "trained" if weights(name) else "random"
+    cfg = get_pretrained_cfg(name)
+    return "timm" if cfg is not None and cfg.has_weights else "random"
 
 
 def class_names(name: str) -> tuple[str, ...] | None:

@@ -1,0 +1,73 @@
+"""benchmarks/zoo.py: it goes on where it stopped, from small to large, and what fails is an entry."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from martlet.core.errors import EngineError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+zoo = pytest.importorskip("zoo")
+
+MACS = {"a": 3 * 10**9, "b": 2 * 10**9, "c": 10**9}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs it on three models that aren't there. Returns the status, what was measured, and the results by name."""
+    measured = []
+
+    def counts(name):
+        measured.append(("counts", name))
+        return {"image_size": [8, 8], "params": 1, "macs": MACS[name]}
+
+    def export(name, folder, settings, progress):
+        measured.append(("export", name))
+        if name == "c":
+            raise EngineError("no such operator")
+        return {"techniques": [], "openvino": {"relative_error": 1e-6}}
+
+    monkeypatch.setattr(zoo, "table", lambda: tuple(MACS))
+    monkeypatch.setattr(zoo, "counts", counts)
+    monkeypatch.setattr(zoo, "export", export)
+
+    def go(*arguments):
+        measured.clear()
+        status = zoo.main([*arguments, "--out", str(tmp_path / "zoo.json"), "--work", str(tmp_path)])
+        file = tmp_path / "zoo.json"
+        models = json.loads(file.read_text())["models"] if file.exists() else []
+        return status, list(measured), {model["name"]: model for model in models}
+
+    return go
+
+
+def test_from_small_to_large_up_to_a_limit(run):
+    status, measured, found = run("--parts", "counts", "export", "--max-gmacs", "2")
+    assert status == 0
+    assert [name for part, name in measured if part == "export"] == ["c", "b"]
+    assert found["c"]["export"] == {"error": "no such operator"}
+    assert "export" not in found["a"]
+    assert found["a"]["counts"]["macs"] == MACS["a"]
+
+
+def test_it_goes_on_where_it_stopped(run):
+    run("--parts", "counts", "--models", "b")
+    assert run("--parts", "counts")[1] == [("counts", "a"), ("counts", "c")]
+    assert run("--parts", "counts")[1] == []
+    _, measured, found = run("--parts", "counts", "--models", "b", "--again")
+    assert measured == [("counts", "b")]
+    assert set(found) == set(MACS)
+
+
+def test_an_unknown_model_is_one_clear_line(run, capsys):
+    status, measured, _ = run("--models", "bb")
+    assert (status, measured) == (2, [])
+    assert "the table has no model 'bb'; did you mean b?" in capsys.readouterr().err
+
+
+def test_the_table_has_the_zoo_and_timms():
+    known = zoo.table()
+    assert {"cswin_tiny", "digit_vit", "repvit_m0_9"} <= set(known)
+    assert len(known) == len(set(known)) > 100
