@@ -18,7 +18,7 @@ from martlet.models.paper import Paper, Stated
 __all__ = ["CSWin"]
 
 LARGE = {
-    "macs": "33.1 G, and 101.9 G at 384, as B's figures say, which agree: L has B's layers with 1.5 times the channels, "
+    "macs": "33.1 G, and 101.9 G at 384, as B's figures say, which agree: L has B's layers at 1.5 times the channels, "
     "so 2.25 times the products with weights and 1.5 times those of attention"
 }
 

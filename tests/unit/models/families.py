@@ -173,6 +173,13 @@ FAMILIES = {
         refused=((32, 32), r"takes images of 32 × 48, not 32 × 32; make it with img_size=\(32, 32\)"),
         hierarchical=False,
     ),
+    "vitar_small_patch16_224": Family(
+        {"patch": 4, "grid": 4, "dim": 32, "depth": 2, "num_heads": 2},
+        (36, 32),
+        others=((16, 16), (64, 44)),
+        refused=((12, 32), "at least 16 × 16, not 12 × 32"),
+        hierarchical=False,
+    ),
     "efficientvmamba_tiny": Family(
         {"dim": 16, "depths": (1, 1), "scans": 1, "states": 2},
         (32, 32),
