@@ -192,5 +192,5 @@ def fit_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> FIT:
 @register_model
 def fit_small_patch16_896(pretrained: bool = False, **kwargs: Any) -> FIT:
     """Widths of DeiT-S for images of 896 × 896; 64 groups of 49 tokens."""
-    dims: dict[str, Any] = {"patch": 16, "dim": 384, "latent_dim": 384, "num_heads": 6, "latent_heads": 6}
-    return _make("fit_small_patch16_896", pretrained, kwargs, **dims)
+    dims: dict[str, Any] = {"dim": 384, "latent_dim": 384, "num_heads": 6, "latent_heads": 6}
+    return _make("fit_small_patch16_896", pretrained, kwargs, img_size=896, patch=16, **dims)
