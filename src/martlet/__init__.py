@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from martlet.core.store import Artifact, load
     from martlet.core.technique import Technique
     from martlet.job import compress, evaluate
-    from martlet.schedule import search
+    from martlet.recipe_search import search
     from martlet.source import load_model
 
 _PUBLIC = {
@@ -24,7 +24,7 @@ _PUBLIC = {
     "evaluate": "martlet.job",
     "load": "martlet.core.store",
     "load_model": "martlet.source",
-    "search": "martlet.schedule",
+    "search": "martlet.recipe_search",
 }
 
 __all__ = [

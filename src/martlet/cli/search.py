@@ -1,4 +1,4 @@
-"""`martlet search`: which blocks lose how many tokens."""
+"""`martlet search`: a recipe's settings within a budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def search(
         float | None, Option(min=0, metavar="MS", help="What loses least in this time.", show_default=False)
     ] = None,
     recipe: Annotated[
-        str, Option(metavar="RECIPE", help="One that removes tokens: a shipped recipe, or a YAML file.")
+        str, Option(metavar="RECIPE", help="One with int8, or that removes tokens: a shipped one, or a YAML file.")
     ] = "tokens-int8",
     engine: Annotated[str, Option(metavar="ENGINE", help="openvino or onnxruntime.")] = "openvino",
     num_images: Annotated[int, Option(min=1, metavar="N", help="How many of --images.")] = 256,
@@ -33,13 +33,14 @@ def search(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is at --out, and start anew.")] = False,
     json: Json = False,
 ) -> None:
-    """Search where a model should lose tokens, by the engine's clock, and write the recipe.
+    """Search what a recipe should do within a budget, by the engine's clock, and write the recipe.
 
-    Give one budget, --max-drop or --max-ms; then `martlet compress … --recipe FILE` on other images. A search that was
-    stopped goes on where it was.
+    Where the recipe removes tokens, that is in which blocks how many; else, where it has int8, which layers stay in
+    floating point. Give one budget, --max-drop or --max-ms; then `martlet compress … --recipe FILE` on other images. A
+    search that was stopped goes on where it was.
     """
     with working("load the model") as progress:
-        from martlet.schedule import search
+        from martlet.recipe_search import search
 
         found = search(
             lambda: model_options.load(model, seed),
@@ -59,13 +60,15 @@ def search(
     if json:
         emit(found.document)
         return
-    base = found.document["measured"][""]
+    beside = found.references.items()
+    ms = "".join(f", {said} {entry['latency_ms']:.2f} ms" for said, entry in beside)
+    points = "".join(f", {said} {entry['drop_pct']:.2f} points" for said, entry in beside)
     show(
         facts(
             [
                 ("recipe", str(found.recipe)),
-                ("latency", f"{found.latency_ms:.2f} ms, with all tokens {base['latency_ms']:.2f} ms"),
-                ("expected drop", f"{found.drop_pct:.2f} points, with all tokens {base['drop_pct']:.2f} points"),
+                ("latency", f"{found.latency_ms:.2f} ms{ms}"),
+                ("expected drop", f"{found.drop_pct:.2f} points{points}"),
             ]
         ),
         f"Recipe  {out}",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from martlet.core.model import Model
     from martlet.core.recipe import Recipe
+    from martlet.recipe_search.space import Space
 
 
 class Stage(StrEnum):
@@ -144,6 +145,10 @@ class Technique(ABC):
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""
 
+    def space(self) -> type[Space] | None:
+        """What `search` can find of its settings, by measuring; None if there is nothing to find."""
+        return None
+
     @abstractmethod
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         """Changes the model in place. Returns a JSON record from which `restore_` can rebuild the structure."""
@@ -170,7 +175,7 @@ class Technique(ABC):
                 raise RecipeError(f"{where}: {cls.name} has no setting {key!r}{nearest(key, fields)} (known: {known})")
             default = fields[key].default
             if default is not dataclasses.MISSING and not _same_kind(value, default):
-                kinds = type(default).__name__, type(value).__name__
+                kinds = "list" if isinstance(default, tuple) else type(default).__name__, type(value).__name__
                 raise RecipeError(f"{where}: {cls.name}.{key} takes a {kinds[0]}, not {value!r} ({kinds[1]})")
         return cls(**settings)
 
@@ -180,4 +185,6 @@ def _same_kind(value: Any, default: Any) -> bool:
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
         return isinstance(value, int | float)
+    if isinstance(default, tuple):  # which YAML and JSON know as a list
+        return isinstance(value, list | tuple)
     return default is None or isinstance(value, type(default))

@@ -27,6 +27,8 @@ SPLITS: dict[object, int] = {
 }
 """Operations that cut a tensor in pieces, and where they take the axis."""
 RESHAPES = (aten.reshape.default, aten.unflatten.int)
+PIECES = "pieces"
+"""The module that holds the pieces of a convolution that was cut."""
 
 
 def split_projections_(graph_module: GraphModule) -> int:
@@ -131,6 +133,11 @@ def split_convolutions_(graph_module: GraphModule) -> int:
         count += 1
     finish(graph_module)
     return count
+
+
+def uncut(name: str) -> str:
+    """The name that a site had before its convolution was cut."""
+    return name.partition(f".{PIECES}.")[0]
 
 
 @dataclass(frozen=True)
@@ -302,7 +309,7 @@ def _pieces(graph_module: GraphModule, convolution: Node, sizes: list[int]) -> l
     """Cuts a convolution's parameters along its output channels. Returns the names of the owners of the pieces."""
     weight, *bias = parameters(convolution)
     assert isinstance(weight, Node)
-    name = f"{str(weight.target).rpartition('.')[0]}.pieces"
+    name = f"{str(weight.target).rpartition('.')[0]}.{PIECES}"
     graph_module.add_submodule(name, nn.Module())
     owners = []
     for i in range(len(sizes)):

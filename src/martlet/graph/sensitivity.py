@@ -1,8 +1,8 @@
-"""What an error of a multiplication's output costs in the logits, for a sample of its outputs."""
+"""What an error of a multiplication's output costs in the logits: to first order, for a sample of it; and as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from martlet.core.technique import Progress
 from martlet.graph.observe import OneBatch, observe_gradients
 from martlet.graph.sites import Site
+from martlet.graph.trace import Walk
 
 ROWS = 512
 """Of a Linear, over all images."""
@@ -75,3 +76,50 @@ def _reached(placeholder: Node) -> set[Node]:
         if found.intersection(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def changed_logits(
+    graph_module: GraphModule, images: Tensor, groups: Sequence[Mapping[Node, Callable[..., Tensor]]]
+) -> tuple[Tensor, list[Tensor]]:
+    """The logits (B, K) of a graph, and those with one group of its nodes at a time computed otherwise.
+
+    groups: by node, none of them without any, what takes the node's arguments and gives its value. What comes before
+    the first node of a group is computed once for all.
+    """
+    walk = _Forks(graph_module, groups)
+    with torch.no_grad():
+        logits = walk.run(images)
+    return logits, [walk.logits[i] for i in range(len(groups))]
+
+
+class _Forks(Walk):
+    """A run from which others branch off where they begin to differ."""
+
+    def __init__(self, graph_module: GraphModule, groups: Sequence[Mapping[Node, Callable[..., Tensor]]]) -> None:
+        super().__init__(graph_module)
+        self.nodes = list(graph_module.graph.nodes)
+        self.groups: dict[Node, list[int]] = {}
+        for i, group in enumerate(groups):
+            self.groups.setdefault(next(node for node in self.nodes if node in group), []).append(i)
+        self.changes = groups
+        self.logits: dict[int, Tensor] = {}
+
+    def run_node(self, n: Node) -> object:
+        for i in self.groups.get(n, ()):
+            self.logits[i] = self._branch(n, self.changes[i])
+        return super().run_node(n)
+
+    def _branch(self, start: Node, changes: Mapping[Node, Callable[..., Tensor]]) -> Tensor:
+        trunk, self.env = self.env, dict(self.env)
+        value: object = None
+        for node in self.nodes[self.nodes.index(start) :]:
+            if node in changes:
+                args, kwargs = self.fetch_args_kwargs_from_env(node)
+                value = changes[node](*args, **kwargs)
+            else:
+                value = super().run_node(node)
+            self.env[node] = value
+            for dead in self.user_to_last_uses.get(node, ()):
+                del self.env[dead]
+        self.env = trunk
+        return self.module.graph.process_outputs(value)  # type: ignore[operator]

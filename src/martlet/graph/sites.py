@@ -106,6 +106,11 @@ def sites(graph_module: GraphModule) -> Iterator[Site]:
         yield Site(node, kind, name if seen[name] == 1 else f"{name}:{seen[name]}", activations, weight)
 
 
+def within(name: str, path: str) -> bool:
+    """Whether a site's name is that path, one of a layer in the module of that path, or of a later call of it."""
+    return name == path or name.startswith((f"{path}.", f"{path}:"))
+
+
 def parameter_name(node: object) -> str | None:
     """The dotted name of the layer that owns a parameter node, also behind a weight quantizer; None if it is none."""
     if isinstance(node, Node) and node.op in ("get_attr", "call_module") and not node.args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,13 +46,19 @@ class _Input:
         self.importance.append(outputs.square() * share)
 
 
-def smooth_(graph_module: GraphModule, images: Batches, seed: int, progress: Progress) -> int:
+def smooth_(
+    graph_module: GraphModule, images: Batches, seed: int, progress: Progress, rounded: Container[Node] | None = None
+) -> int:
     """Smooths the output of each LayerNorm that Linears alone read, where that lowers the error of theirs in 8 bits.
 
     Factors fold into the LayerNorm and the Linears. Returns how many LayerNorms changed.
+
+    rounded: the Linears whose error counts, as the others stay in floating point; None is all.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = {node: _Input(linears, generator) for node, linears in _inputs(graph_module) if _foldable(node, linears)}
+    readers = {node: linears for node, linears in _inputs(graph_module) if _foldable(node, linears)}
+    judges = {node: [n for n in linears if rounded is None or n in rounded] for node, linears in readers.items()}
+    inputs = {node: _Input(linears, generator) for node, linears in judges.items() if linears}
     watch = [([node, *seen.linears], seen.look) for node, seen in inputs.items()]
     if watch:
         observe_gradients(graph_module, images, watch, seed, progress, "observe inputs of Linears")
@@ -60,14 +66,15 @@ def smooth_(graph_module: GraphModule, images: Batches, seed: int, progress: Pro
     for i, (node, seen) in enumerate(inputs.items()):
         progress("smooth", i + 1, len(inputs))
         assert seen.low is not None and seen.high is not None
-        weights = [rounding.tensor(graph_module, linear.args[1]) for linear in seen.linears]
-        weight = torch.cat([w.detach() for w in weights])  # (O, C)
+        weight = torch.cat(
+            [rounding.tensor(graph_module, linear.args[1]).detach() for linear in seen.linears]
+        )  # (O, C)
         found = search_smoothing(torch.cat(seen.rows), seen.low, seen.high, weight, torch.cat(seen.importance))
         if found.alpha is None:
             continue
         with torch.no_grad():
-            for w in weights:
-                w.mul_(found.factors)
+            for linear in readers[node]:
+                rounding.tensor(graph_module, linear.args[1]).mul_(found.factors)
             for parameter in node.args[2:4]:
                 rounding.tensor(graph_module, parameter).div_(found.factors)
         smoothed += 1

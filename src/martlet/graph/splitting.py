@@ -6,7 +6,7 @@ arXiv 1901.09504, section 3. Differs: a channel is split into as many parts as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +53,17 @@ class _Pair:
     after: Node
 
 
-def split_(graph_module: GraphModule, images: Batches, seed: int, progress: Progress) -> list[list[Any]]:
+def split_(
+    graph_module: GraphModule, images: Batches, seed: int, progress: Progress, rounded: Container[Node] | None = None
+) -> list[list[Any]]:
     """Splits channels between the Linears of each MLP where that lowers the rounding error. Logits stay the same.
 
     The Linear before gives a channel several times, one factor a channel divides, and the Linear after reads them all
     with the same weights. Returns the record for `restore_`: names of the second Linears and their new widths.
+
+    rounded: the Linears whose inputs are rounded, as the others stay in floating point; None is all.
     """
-    seen = {pair: _Seen() for pair in _pairs(graph_module)}
+    seen = {pair: _Seen() for pair in _pairs(graph_module) if rounded is None or pair.after in rounded}
     watch = [([pair.activation], s.look) for pair, s in seen.items()]
     if watch:
         observe_gradients(graph_module, images, watch, seed, progress, "observe activations of MLPs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
@@ -17,6 +17,9 @@ from martlet.core.technique import Context, Stage, Technique
 from martlet.vit.reading import Reading, Taken, check_global, patches_of, reading, run_from_parts_
 from martlet.vit.token_run import Decide, Decision, Fuse, Patches, TokenRun, Tokens, install_
 from martlet.vit.view import VitView, view
+
+if TYPE_CHECKING:
+    from martlet.recipe_search.space import Space
 
 __all__ = [
     "Decide",
@@ -71,6 +74,11 @@ class TokenReduction(Technique):
     @abstractmethod
     def default(self, patches: Patches, depth: int) -> dict[int, int]:
         """The schedule without one."""
+
+    def space(self) -> type[Space]:
+        from martlet.recipe_search.tokens import Tokens
+
+        return Tokens
 
     def check(self, model: Model) -> None:
         self._plan(model, view(model.module))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from martlet.core.errors import RecipeError, UsageError
+from martlet.core.errors import RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
@@ -19,8 +20,11 @@ from martlet.functional.ranges import Histogram, candidates, first_order_error
 from martlet.graph import attention, layout, rounding, shifting, smoothing, splitting
 from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
-from martlet.graph.sites import Site, aten, sites, source
+from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites, source, within
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
+
+if TYPE_CHECKING:
+    from martlet.recipe_search.space import Space
 
 RANGES = ("logits", "mse", "percentile", "minmax")
 U8, S8 = Grid("u8", False), Grid("s8", True)
@@ -43,6 +47,9 @@ class Int8(Technique):
         split: split outlier channels inside MLPs into equal parts.
         attention: quantize the products q kᵀ and softmax(…) v too.
         bias_correction: add to each bias the mean error that rounding its layer's weight gives.
+        float_layers: what stays in floating point, by the names that `martlet inspect` shows: layers
+            (`blocks.3.mlp.fc2`), attention products (`blocks.3.attn.scores`, `blocks.3.attn.values`), or modules, which
+            stand for all in them (`blocks.3.attn`). `martlet search` finds which are worth it.
 
     Shape: none changes.
     Needs: images, without labels; 64 are enough for most models.
@@ -53,7 +60,8 @@ class Int8(Technique):
         (shift). Zhao et al., Outlier Channel Splitting, 2019, arXiv 1901.09504. Xiao et al., SmoothQuant, 2023,
         arXiv 2211.10438, equation 4.
     Differs: layers are corrected independently of each other, in one pass, on float inputs.
-    Raises: RecipeError for a setting out of range or without images; UsageError if the model multiplies nothing.
+    Raises: RecipeError for a setting out of range, a layer that isn't there, or without images; UsageError if the model
+        multiplies nothing.
     """
 
     name: ClassVar[str] = "int8"
@@ -70,45 +78,81 @@ class Int8(Technique):
     split: bool = True
     attention: bool = True
     bias_correction: bool = True
+    float_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.ranges not in RANGES:
             raise RecipeError(f"int8: ranges is {self.ranges!r}; it can be {', '.join(RANGES)}")
+        names = self.float_layers
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise RecipeError(f"int8: float_layers is {names!r}; it can be a list of names, as in [blocks.3.mlp.fc2]")
+        object.__setattr__(self, "float_layers", tuple(names))
 
     def check(self, model: Model) -> None:
         assert isinstance(model.module, GraphModule)
-        if not any(True for _ in sites(model.module)):
+        found = list(sites(model.module))
+        if not found:
             raise UsageError(f"int8: {model.name} has no Linear, convolution or attention product to quantize")
+        names = [site.name for site in found]
+        for path in self.float_layers:
+            if not any(within(name, path) for name in names):
+                raise RecipeError(
+                    f"int8: float_layers names {path!r}, and {model.name} has no such layer{nearest(path, names)} "
+                    "(see: martlet inspect)"
+                )
+        if self.float_layers and not any(map(self.rounds, found)):
+            raise RecipeError("int8: float_layers leaves nothing to quantize; name fewer, or leave int8 out")
+
+    def space(self) -> type[Space]:
+        from martlet.recipe_search.precision import Precision
+
+        return Precision
+
+    def rounds(self, site: Site) -> bool:
+        """Whether a multiplication is rounded, or stays in floating point."""
+        if site.is_attention and not self.attention:
+            return False
+        return not any(within(site.name, path) for path in self.float_layers)
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         graph_module = model.module
         assert isinstance(graph_module, GraphModule)
+        plan = self.plan_(graph_module, context)
+        with torch.no_grad():
+            for site, correction in plan.corrections.items():
+                rounding.tensor(graph_module, site.node.args[2]).add_(correction)
+        weights = [(site.node, site.weight or 0, quantizer) for site, quantizer in plan.weights.items()]
+        return {**plan.record, "rounding": rounding.insert_(graph_module, plan.activations, weights)}
+
+    def plan_(self, graph_module: GraphModule, context: Context) -> Plan:
+        """Decides how everything is rounded, and rounds nothing: the graph is changed, and its logits are the same."""
         images = context.calibration(self)
         graph_module.requires_grad_(False)
         cut = layout_(graph_module)
-        centred = shifting.shift_(graph_module, images, context.progress) if self.shift else 0
-        smoothed = smoothing.smooth_(graph_module, images, context.seed, context.progress) if self.smooth else 0
-        split = splitting.split_(graph_module, images, context.seed, context.progress) if self.split else []
-        found = [site for site in sites(graph_module) if self.attention or not site.is_attention]
+        every = list(sites(graph_module))
+        found = [site for site in every if self.rounds(site)]
+        rounded = {site.node for site in found}
+        seed, progress = context.seed, context.progress
+        centred = shifting.shift_(graph_module, images, progress) if self.shift else 0
+        smoothed = smoothing.smooth_(graph_module, images, seed, progress, rounded) if self.smooth else 0
+        split = splitting.split_(graph_module, images, seed, progress, rounded) if self.split else []
         roundings = rounding.group(place(graph_module, found, context.int8))
         activations = self._activation_quantizers(graph_module, roundings, images, context)
         if context.int8.hoist:
             activations = share_grids_(graph_module, activations)
         weights = {site: _weight_quantizer(graph_module, site) for site in found if site.weight is not None}
-        corrected = 0
-        if self.bias_correction:
-            corrected = correct_biases_(graph_module, weights, images, context)
-        record = rounding.insert_(graph_module, activations, [(s.node, s.weight or 0, q) for s, q in weights.items()])
-        counts = {kind: sum(site.kind == kind for site in found) for kind in sorted({site.kind for site in found})}
-        return {
-            "quantized": counts,
+        corrections = bias_corrections(graph_module, weights, images, context) if self.bias_correction else {}
+        left = [site.name for site in every if site.node not in rounded]
+        record = {
+            "quantized": dict(sorted(Counter(site.kind for site in found).items())),
+            **({"in_floating_point": left} if left else {}),
             "projections_cut": cut,
-            "biases_corrected": corrected,
+            "biases_corrected": len(corrections),
             "centred": centred,
             "smoothed": smoothed,
             "split": split,
-            "rounding": record,
         }
+        return Plan(found, activations, weights, corrections, record)
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
@@ -144,6 +188,41 @@ class Int8(Technique):
         if self.ranges == "percentile":
             return [histogram.percentile(99.99)]
         return [(histogram.low, histogram.high)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a graph is going to be rounded.
+
+    sites: what is rounded. activations, weights: their quantizers. corrections: (O), what comes to a bias with that.
+    record: what is told of it.
+    """
+
+    sites: list[Site]
+    activations: dict[Rounding[Grid], ActivationQuantizer]
+    weights: dict[Site, WeightQuantizer]
+    corrections: dict[Site, Tensor]
+    record: dict[str, Any]
+
+    def rounded(self, site: Site) -> Callable[..., Tensor]:
+        """What takes the arguments of a site's node and gives its value with operands and weight rounded."""
+        quantizer_of = {(r.producer, consumer): q for r, q in self.activations.items() for consumer in r.consumers}
+        changes: dict[int, Callable[[Tensor], Tensor]] = {}
+        for position in site.activations:
+            operand = site.node.args[position]
+            assert isinstance(operand, Node)
+            if quantizer := _quantizer_on_path(operand, site.node, quantizer_of):
+                changes[position] = quantizer
+        if site in self.weights:
+            changes[site.weight or 0] = lambda weight: self.weights[site]()
+        if site in self.corrections:
+            changes[2] = lambda bias: bias + self.corrections[site]
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            now = (changes[i](a) if i in changes else a for i, a in enumerate(args))
+            return site.node.target(*now, **kwargs)  # type: ignore[operator]
+
+        return call
 
 
 def layout_(graph_module: GraphModule) -> int:
@@ -222,7 +301,8 @@ def share_grids_(
         attention.scale_channels_(graph_module, found, qk=qk, v=by_v.expand(v.index.shape))
         operand = output.linear.args[0]
         assert isinstance(operand, Node)
-        _quantizer_on_path(operand, output.linear, quantizer_of).scale.mul_(by_v)
+        if after := _quantizer_on_path(operand, output.linear, quantizer_of):
+            after.scale.mul_(by_v)
         shared[Rounding(q.linear, tuple(q.linear.users), S8)] = ActivationQuantizer(
             common, torch.zeros((), dtype=S8.dtype)
         )
@@ -241,13 +321,10 @@ def _operand(piece: Node, among: attention.Attention) -> str:
     return ""
 
 
-def correct_biases_(
+def bias_corrections(
     graph_module: GraphModule, weights: Mapping[Site, WeightQuantizer], images: Batches, context: Context
-) -> int:
-    """Adds to each bias E[W x] - E[Ŵ x], per output channel, for the rounded weight Ŵ.
-
-    Layers without a bias are left alone. Returns how many were corrected.
-    """
+) -> dict[Site, Tensor]:
+    """What each bias lacks, E[W x] - E[Ŵ x] (O), for the rounded weight Ŵ. Layers without a bias have none."""
     sums: dict[Site, Tensor] = {}
     counts: dict[Site, int] = {}
 
@@ -268,18 +345,17 @@ def correct_biases_(
     ]
     watch = {site.node: compare(site, weights[site]) for site in biased}
     observe_calls(graph_module, images, watch, context.progress, "correct biases")
-    with torch.no_grad():
-        for site in biased:
-            rounding.tensor(graph_module, site.node.args[2]).add_(sums[site] / counts[site])
-    return len(biased)
+    return {site: sums[site] / counts[site] for site in biased}
 
 
 def _quantizer_on_path(
     operand: Node, consumer: Node, quantizer_of: Mapping[Edge, ActivationQuantizer]
-) -> ActivationQuantizer:
-    """The quantizer that a rounding, perhaps hoisted, gives to this operand."""
+) -> ActivationQuantizer | None:
+    """The quantizer that a rounding, perhaps hoisted, gives to this operand; None where it isn't rounded."""
     node, user = operand, consumer
     while (node, user) not in quantizer_of:
+        if node.target not in SHAPE_ONLY:
+            return None
         above = node.args[0]
         assert isinstance(above, Node)
         node, user = above, node

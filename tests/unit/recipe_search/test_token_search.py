@@ -1,4 +1,4 @@
-"""The schedule search: its arithmetic on latencies that are known, and a whole search on a small model."""
+"""The search for a schedule: its arithmetic on latencies that are known, and a whole search on a small model."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-import martlet.schedule as schedules
 from martlet.core.errors import ArtifactError, RecipeError, UsageError
 from martlet.core.recipe import Recipe
-from martlet.schedule import Table, expected_drop_pct, search
+from martlet.recipe_search import expected_drop_pct, search
+from martlet.recipe_search.tokens import Table, Tokens
 from martlet.source import load_model
 from martlet.vit.tokens import Taken
 
@@ -95,11 +95,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found = {}
         for name, one in models.items():
             removed = next((dict(s.record["removed"]) for s in one.steps if "removed" in s.record), {})
-            timed.append(schedules._text(tuple(removed.items())))
+            timed.append(str(removed))
             found[name] = latency(removed, depth=4)
         return found
 
-    monkeypatch.setattr(schedules._Search, "times", times)
+    monkeypatch.setattr(Tokens, "times", times)
     return timed
 
 
@@ -146,8 +146,8 @@ def test_bad_use(tmp_path: Path) -> None:
             run(out, **budgets)
     with pytest.raises(UsageError, match=r"must end in \.yaml, not 'found'"):
         run(tmp_path / "found")
-    with pytest.raises(RecipeError, match=r"such as tokens-int8; fuse \| int8 \| bf16.* removes none"):
-        run(out, recipe="int8")
+    with pytest.raises(RecipeError, match=r"such as tokens-int8 or int8; fuse \| bf16.* has nothing"):
+        run(out, recipe="bf16")
     out.write_text("mine")
     with pytest.raises(UsageError, match="exists; add --overwrite"):
         run(out)

@@ -1,0 +1,253 @@
+"""The search for layers that stay in floating point: its arithmetic by brute force, and searches on a small model."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from martlet.core.errors import UsageError
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.data.preprocess import Preprocess
+from martlet.engine.base import Op
+from martlet.recipe_search import precision, search
+from martlet.recipe_search.precision import Precision, Times, unit_times
+from martlet.recipe_search.space import Budget, Loss
+from martlet.source import load_model
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+LAYERS = ("attn.qkv", "attn.scores, attn.values", "attn.proj", "mlp.fc1", "mlp.fc2")
+UNITS = 2 + 2 * len(LAYERS)
+FIXED, INT8_US = 2000.0, 100.0
+"""Microseconds of an imagined engine: of what is no multiplication, and of each unit in int8."""
+
+
+def float_us(place: int) -> float:
+    """Of a unit in floating point; one of them is faster there."""
+    return 70.0 if place == 4 else 110.0 + 40 * (place % 4)
+
+
+def call_ms(left: set[int]) -> float:
+    """Of a whole call: each microsecond of operations takes 1.25 of the clock's."""
+    extra = sum(float_us(i) - INT8_US for i in left)
+    return (FIXED + UNITS * INT8_US + 1.25 * extra) / 1000
+
+
+def times() -> Times:
+    halves = [set(range(half, UNITS, 2)) for half in (0, 1)]
+    by_unit = [[float_us(i) if i in half else INT8_US for i in range(UNITS)] for half in halves]
+    return Times.of(call_ms(set()), [call_ms(half) for half in halves], [INT8_US] * UNITS, by_unit)
+
+
+@pytest.mark.parametrize("left", [(), (0,), (3, 4), (1, 2, 11), tuple(range(UNITS))])
+def test_three_models_tell_all_latencies(left: tuple[int, ...]) -> None:
+    assert times().latency_ms(left) == pytest.approx(call_ms(set(left)))
+    assert times()._replace(scale=1.0).latency_ms((3,)) != pytest.approx(call_ms({3}))
+    assert times().latency_ms(None) == pytest.approx(call_ms(set(range(UNITS))))
+
+
+def test_where_floating_point_is_as_fast_the_clock_is_the_operations() -> None:
+    assert Times.of(5.0, [5.001, 4.99], [100.0, 100.0], [[99.0, 100.0], [100.0, 102.0]]).scale == 1
+
+
+def every_choice() -> list[tuple[int, ...]]:
+    return [c for n in range(UNITS + 1) for c in itertools.combinations(range(UNITS), n)]
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.03, 0.1, 0.4])
+def test_the_choice_is_the_best_of_all(extra: float) -> None:
+    errors = np.random.default_rng(1).lognormal(0, 1.5, UNITS).tolist()
+    table = times()
+    budget = table.base_ms + extra
+    found = table.choose(errors, budget)
+
+    def left(chosen: tuple[int, ...]) -> float:
+        return sum(errors) - sum(errors[i] for i in chosen)
+
+    within = [c for c in every_choice() if table.latency_ms(c) <= budget + 1e-9]
+    assert len(within) < 2**UNITS
+    assert found is not None
+    assert table.latency_ms(found) <= budget + 1e-6
+    assert left(found) == pytest.approx(min(map(left, within)))
+    assert 4 in found  # it is faster so
+    with pytest.raises(ValueError, match="fits the budgets"):
+        table.choose(errors, table.latency_ms((4,)) - 0.001)
+
+
+def test_points_reach_from_the_fastest_to_floating_point() -> None:
+    points = times().points()
+    assert points[0] == pytest.approx(call_ms({4}))
+    assert points == sorted(points)
+    assert 0.9 * call_ms(set(range(UNITS))) < points[-1] < call_ms(set(range(UNITS)))
+    assert times().choose([1.0] * UNITS, points[0]) == (4,)
+
+
+def test_an_operation_that_runs_several_layers_shares_its_time() -> None:
+    units = [("a",), ("b.scores", "b.values"), ("c",), ("d",)]
+    ops = [
+        Op(name="a", kind="FullyConnected", precision="i8", macs=5, microseconds=3.0),
+        Op(name="b.scores + b.values", kind="Subgraph", precision="i8", macs=5, microseconds=4.0),
+        Op(name="c.pieces.0", kind="Convolution", precision="f32", macs=5, microseconds=1.0),
+        Op(name="c.pieces.1", kind="Convolution", precision="f32", macs=5, microseconds=1.5),
+        Op(name="a + d", kind="FullyConnected", precision="i8", macs=5, microseconds=2.0),
+        Op(name="d", kind="Eltwise", precision="f32", microseconds=100.0),
+        Op(name="elsewhere", kind="MatMul", precision="f32", macs=7, microseconds=9.0),
+    ]
+    assert unit_times(ops, units) == [4.0, 4.0, 2.5, 1.0]
+
+
+def test_budgets_say_what_is_within_and_what_is_better() -> None:
+    slow, fast = ({"latency_ms": ms, "kl": kl, "drop_pct": drop} for ms, kl, drop in ((9.0, 0.1, 0.2), (8.0, 0.3, 0.6)))
+    drop, ms = Budget.of(0.6, None), Budget.of(None, 8.0)
+    assert [drop.keeps(slow), drop.keeps(fast), ms.keeps(slow), ms.keeps(fast)] == [True, True, False, True]
+    assert Budget.of(0.5, None).keeps(fast) is False
+    assert drop.price(fast) < drop.price(slow)
+    assert ms.price(slow) < ms.price(fast)
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY, num_classes=10, seed=3)
+
+
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(12)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """An engine whose times are those of `call_ms`; says what was timed."""
+    timed: list[tuple[int, ...]] = []
+    order = [name for i in range(2) for layer in LAYERS for name in _names(i, layer)]
+    order = ["patch_embed.proj", *order, "head"]
+
+    def left(one: Model) -> set[int]:
+        record = next((s.record for s in one.steps if "quantized" in s.record), None)
+        names = order if record is None else record.get("in_floating_point", [])
+        found = {place(name) for name in names}
+        timed.append(tuple(sorted(found)))
+        return found
+
+    def clock(self, models):
+        floats = [left(one) for one in models.values()]
+        places = [place(unit[0]) for unit in self.units]
+        us = [[float_us(i) if i in its else INT8_US for i in places] for its in floats]
+        return [call_ms(its) for its in floats], us
+
+    def loss(self, one):
+        """In PyTorch; the engine is asked in the end-to-end test."""
+        with torch.inference_mode():
+            pairs = [(self.source.module(x).numpy(), one.module(x).numpy()) for x in self.pool]
+        return Loss.of(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+
+    monkeypatch.setattr(Precision, "clock", clock)
+    monkeypatch.setattr(Precision, "_loss", loss)
+    monkeypatch.setattr(precision, "TRIES", 2)
+    monkeypatch.setattr(Precision, "times", lambda self, models: {n: call_ms(left(m)) for n, m in models.items()})
+    return timed
+
+
+def _names(block: int, layer: str) -> list[str]:
+    return [f"blocks.{block}.{name}" for name in layer.split(", ")]
+
+
+def place(name: str) -> int:
+    """Of a layer among the units."""
+    if not name.startswith("blocks"):
+        return 0 if name == "patch_embed.proj" else UNITS - 1
+    _, block, layer = name.split(".", 2)
+    return 1 + int(block) * len(LAYERS) + next(i for i, names in enumerate(LAYERS) if layer in names.split(", "))
+
+
+PLAIN = "shift: false, smooth: false, split: false, bias_correction: false, ranges: minmax"
+"""Quick: the search doesn't depend on how int8 rounds."""
+
+
+def run(out: Path, left: str = "", **kwargs: object):
+    path = out.with_name("mine.yaml")
+    path.write_text(f"martlet: 1\npasses:\n  - fuse\n  - int8: {{{PLAIN}{left}}}\n  - bf16: {{required: false}}")
+    settings = {"recipe": str(path), "num_images": 12, "num_calib": 4, "max_drop": 100.0, "overwrite": False} | kwargs
+    return search(model(), images=images(), out=out, **settings)  # type: ignore[arg-type]
+
+
+def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, clock: list) -> None:
+    out = tmp_path / "found.yaml"
+    most = call_ms(set()) + 0.1
+    found = run(out, max_drop=None, max_ms=most)
+    assert Recipe.load(str(out)) == found.recipe
+    names = found.recipe.passes[1].settings()["float_layers"]
+    left = {place(name) for name in names}
+    assert 4 in left
+    assert found.latency_ms == pytest.approx(call_ms(left))
+    assert found.latency_ms <= most
+    assert [t.name for t in found.recipe.passes] == ["fuse", "int8", "bf16"]
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["units"][2] == ["blocks.0.attn.scores", "blocks.0.attn.values"]
+    assert len(record["errors"]) == len(record["units"]) == UNITS
+    assert all(error > 0 for error in record["errors"])
+    assert sum(record["errors"]) == pytest.approx(record["together"]["kl"], rel=0.5)
+    measured = record["measured"]
+    assert measured[", ".join(names)]["kl"] == min(e["kl"] for e in measured.values() if e["latency_ms"] <= most)
+    assert measured["*"]["kl"] < measured[""]["kl"]
+    assert found.references == {"with all in int8": measured[""], "with nothing in int8": measured["*"]}
+    assert "with all in int8 3.2 ms" in out.read_text()
+    clock.clear()
+    assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
+    assert clock == []  # nothing is measured twice
+    errors = record.pop("errors")
+    measured.popitem()
+    out.with_suffix(".json").write_text(json.dumps(record))
+    assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
+    assert len(clock) == 1
+    assert json.loads(out.with_suffix(".json").read_text())["errors"] == pytest.approx(errors)
+
+
+def test_the_fastest_within_a_drop(tmp_path: Path, clock: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loses is told by KL here, for so few images a drop has steps."""
+    monkeypatch.setattr(Loss, "of", classmethod(lambda cls, a, b: cls(kl := _kl(a, b), 1e6 * kl)))
+    record = tmp_path / "found.json"
+    run(tmp_path / "found.yaml")
+    ends = [json.loads(record.read_text())["measured"][text]["drop_pct"] for text in ("", "*")]
+    most = (ends[0] + 2 * ends[1]) / 3
+    found = run(tmp_path / "found.yaml", max_drop=most)
+    measured = json.loads(record.read_text())["measured"]
+    kept = [e["latency_ms"] for text, e in measured.items() if e["drop_pct"] <= most and text != "*"]
+    assert found.latency_ms == min(kept)
+    assert found.drop_pct <= most < ends[0]
+    assert call_ms(set()) < found.latency_ms < call_ms(set(range(UNITS)))
+    with pytest.raises(UsageError, match="no choice of layers that was compressed keeps a drop of 0 points") as caught:
+        run(tmp_path / "found.yaml", max_drop=0.0)
+    assert "everything in floating point: 4.20 ms" in str(caught.value)
+
+
+def _kl(reference: np.ndarray, logits: np.ndarray) -> float:
+    from martlet.measure.fidelity import fidelity
+
+    return fidelity(reference, logits)["kl_mean"]
+
+
+def test_a_time_that_even_int8_needs_more_than(tmp_path: Path, clock: list) -> None:
+    with pytest.raises(UsageError, match=r"keeps 0\.1 ms \(nothing in floating point: 3\.20 ms, .*; allow more"):
+        run(tmp_path / "c.yaml", max_drop=None, max_ms=0.1)
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_layers_that_the_recipe_leaves_stay_and_are_no_choice(tmp_path: Path, clock: list) -> None:
+    found = run(tmp_path / "found.yaml", ", float_layers: [blocks.0, head]", max_drop=None, max_ms=3.85)
+    units = [name for unit in json.loads((tmp_path / "found.json").read_text())["units"] for name in unit]
+    assert not [name for name in units if name.startswith("blocks.0") or name == "head"]
+    settings = found.recipe.passes[1].settings()
+    assert settings["float_layers"][:2] == ("blocks.0", "head")
+    assert settings["smooth"] is False
+
+
+def test_one_layer_leaves_nothing_to_choose(tmp_path: Path, clock: list) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 10, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    one = Model(name="one", module=module.eval(), preprocess=Preprocess(size=(32, 32)), num_classes=10, origin={})
+    with pytest.raises(UsageError, match="int8 rounds one layer of one, so there is nothing to choose"):
+        search(one, images=images(), out=tmp_path / "a.yaml", recipe="int8", max_ms=1.0, num_calib=4)
