@@ -133,7 +133,7 @@ def few_bits_document() -> dict:
         "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}},
         "settings": {"test_images": 500, "calibration_images": 128, "seed": 0},
         "entries": [
-            entry | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "seconds": 3.0},
+            entry | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "seconds": 3.0, "peak_rss_bytes": 2_150_000_000},
             entry | {"recipe": "uniform-w8a8", "top1_pct": 79.5, "seconds": 4.0, "grid_images": "first"},
             entry | {"recipe": "martlet-w4a4", "top1_pct": 66.0, "seconds": 250.0},
             entry | {"recipe": "adalog-w4a4", "error": "it failed"},
@@ -149,15 +149,38 @@ def test_the_page_of_few_bits_has_every_number(docs, root):
     text = (root / "docs" / "few-bits.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows == [
-        "| Recipe | W8A8 | W4A4 | Seconds |",
-        "| --- | --- | --- | --- |",
-        "| `martlet` | – | 66.0 | 250 |",
-        "| `uniform` | 79.5† | 1.2 | 3 |",
-        "| `adalog` | – | failed | – |",
+        "| Recipe | W8A8 | W4A4 | Seconds | Peak GB |",
+        "| --- | --- | --- | --- | --- |",
+        "| `martlet` | – | 66.0 | 250 | – |",
+        "| `uniform` | 79.5† | 1.2 | 3 | 2.1 |",
+        "| `adalog` | – | failed | – | – |",
     ]
     assert "simulated" in text
     assert "† Measured when" in text
     assert docs.main(["--check"], root) == 0
+
+
+def test_the_page_of_studies_has_means_and_ranges_of_draws(docs, root):
+    entry = {"model": "a_model", "study": "rounding", "top1_float_pct": 80.0, "seconds": 3.0, "draw": 0}
+    found = few_bits_document() | {
+        "benchmark": "studies",
+        "entries": [
+            entry | {"recipe": "nearest", "top1_pct": 70.0, "sqnr_db": 10.0},
+            entry | {"recipe": "learned", "top1_pct": 72.0, "sqnr_db": 12.0},
+            entry | {"recipe": "learned", "top1_pct": 75.0, "sqnr_db": 13.0, "seconds": 5.0, "draw": 1},
+            entry | {"study": "bridges", "recipe": "broken", "error": "it failed"},
+        ],
+    }
+    (root / "results").mkdir()
+    (root / "results" / "studies.json").write_text(json.dumps(found))
+    assert docs.main([], root) == 0
+    text = (root / "docs" / "few-bits-studies.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `nearest` | 1 | 70.0 | 10.0 | 3 |",
+        "| `learned` | 2 | 73.5 (72.0–75.0) | 12.5 (12.0–13.0) | 4 (3–5) |",
+        "| `broken` | 1 | failed: it failed | – | – |",
+    ]
+    assert all(question in text for name, question in docs.QUESTIONS.items() if name != "allocation")
 
 
 def formats_document() -> dict:
