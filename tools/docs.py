@@ -221,8 +221,8 @@ def studies(document: Mapping[str, Any]) -> str:
         "one model in one run. Simulated, as in [few-bits.md](few-bits.md).",
         "",
         f"{settings['test_images']} test images, {settings['calibration_images']} others to calibrate; where these "
-        "were drawn more than once, the mean over draws, and in brackets the least and the greatest. dB is the signal to "
-        "quantization noise of the logits, which tells apart what top-1 on so few images can't.",
+        "were drawn more than once, the mean over draws, and in brackets the least and the greatest. dB is the signal "
+        "to quantization noise of the logits, which tells apart what top-1 on so few images can't.",
     ]
     for study, of_study in groupby(document["entries"], key=lambda e: e["study"]):
         lines += ["", f"## {QUESTIONS[study]}"]
