@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UsageError(f"the table has no model {name!r}{nearest(name, known)}")
         document = peers.open_document(options.out, settings, "zoo")
         records = {record["name"]: record for record in document["models"]}
-        for part in options.parts:
+        for part in (part for part in PARTS if part in ("counts", *options.parts)):  # counts say what is left out
             for name in sorted(options.models or known, key=lambda name: _size(records.get(name))):
                 record = records.setdefault(name, {"name": name})
-                if part in record and not options.again:
+                if part in record and not (options.again and part in options.parts):
                     continue
                 if part != "counts" and _size(record) > 1e9 * options.max_gmacs:
                     continue
@@ -260,8 +260,8 @@ def line(part: str, found: Mapping[str, Any]) -> str:
 
 
 def _size(record: Mapping[str, Any] | None) -> float:
-    """MACs, by which models are ordered and left out; those that aren't counted come first."""
-    return (record or {}).get("counts", {}).get("macs", 0)
+    """MACs, by which models are ordered and left out; one that can't be counted comes last."""
+    return (record or {}).get("counts", {}).get("macs", float("inf"))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

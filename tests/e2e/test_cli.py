@@ -9,6 +9,7 @@ import pytest
 from martlet import evaluate, load
 from martlet.core.errors import UsageError
 from martlet.job import bench
+from martlet.measure import efficiency
 
 GATE_FAILED = 3
 NET = """
@@ -231,6 +232,22 @@ def test_inspect_tries_a_recipe(martlet, tiny):
     shown = martlet("inspect", *tiny, "--recipe", "bf16").out
     assert "blocks.0.mlp.fc1" in shown
     assert "run floating-point" in shown
+
+
+def test_inspect_times_every_layer_and_writes_a_picture(martlet, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(efficiency, "PEAK_SIDE", 64)
+    monkeypatch.setattr(efficiency, "PEAK_WIDTH", 256)
+    monkeypatch.setattr(efficiency, "COPIED_BYTES", 2**20)
+    result = martlet("inspect", *tiny, "--html", tmp_path / "page.html", "--json")
+    assert result.err == f"martlet: wrote {tmp_path / 'page.html'}\n"
+    document = json.loads(result.out)
+    found = document["efficiency"]
+    assert found["engine"] == "openvino"
+    assert sum(layer["macs"] for layer in found["layers"]) == pytest.approx(1e9 * document["gmacs"])
+    assert "blocks.1.mlp.fc2" in (tmp_path / "page.html").read_text()
+    shown = martlet("inspect", *tiny, "--engine", "torch").out
+    assert "Of the peak" in shown
+    assert "torch in float32, one image" in shown
 
 
 def test_inspect_of_an_artifact_is_what_it_holds(martlet, compressed, document):

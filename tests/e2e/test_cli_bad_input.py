@@ -200,6 +200,11 @@ def test_code_and_numbers_that_are_not_trusted(refused, images, tmp_path):
     assert "NaN or infinity" in said
 
 
+def test_layers_are_timed_on_engines_that_there_are_into_folders_that_there_are(refused, tiny):
+    assert "did you mean openvino?" in refused(BAD_USE, "inspect", *tiny, "--engine", "openvin")
+    assert "there is no folder" in refused(BAD_USE, "inspect", *tiny, "--html", "nowhere/page.html")
+
+
 def test_what_is_no_artifact(refused, tiny, images, tmp_path):
     assert "is no artifact" in refused(BAD_USE, "report", tmp_path)
     assert "is no artifact" in refused(BAD_USE, "inspect", tmp_path)

@@ -52,6 +52,13 @@ def test_from_small_to_large_up_to_a_limit(run):
     assert found["a"]["counts"]["macs"] == MACS["a"]
 
 
+def test_what_was_not_counted_is_before_it_is_left_out(run):
+    _, measured, found = run("--parts", "export", "--max-gmacs", "1")
+    assert [part for part, _ in measured] == ["counts"] * 3 + ["export"]
+    assert measured[-1] == ("export", "c")
+    assert set(found) == set(MACS)
+
+
 def test_it_goes_on_where_it_stopped(run):
     run("--parts", "counts", "--models", "b")
     assert run("--parts", "counts")[1] == [("counts", "a"), ("counts", "c")]

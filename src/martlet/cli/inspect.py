@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from martlet.cli.options import Json, ModelOptions, Seed, Spec
-from martlet.cli.terminal import emit, facts, show, table, working
+from martlet.cli.options import ENGINE_NAMES, Json, ModelOptions, Seed, Spec
+from martlet.cli.terminal import emit, facts, note, show, table, working
+from martlet.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.core.store import Artifact
     from martlet.core.technique import Progress
+    from martlet.measure.efficiency import Efficiency
     from martlet.vit.view import VitView
 
 NOISE_IMAGES = 4
@@ -28,25 +31,52 @@ def inspect(
         str | None,
         Option(metavar="RECIPE", help="Try it, on noise, and say what it applies to.", show_default=False),
     ] = None,
+    engine: Annotated[
+        str | None,
+        Option(metavar="NAME", help=f"Time every layer on it, on this machine: {ENGINE_NAMES}.", show_default=False),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Write a page with a picture of these times; on OpenVINO.", show_default=False),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Show a model's layers, their work and the preprocessing; or an artifact's recipe, files and result."""
+    if html and not html.absolute().parent.is_dir():
+        raise UsageError(f"{html} can't be written: there is no folder {html.absolute().parent}")
+    timed_on = engine or ("openvino" if html else None)
+    if timed_on:
+        from martlet import engine as engines
+
+        engines.get(timed_on).version()
     with working("load the model") as progress:
         from martlet.core.store import Artifact
 
         opened = model_options.open(model, seed)
+        if isinstance(opened, Artifact) and timed_on:
+            raise UsageError(f"layers are timed of a model, not of an artifact; {model} has its times in report.html")
         if isinstance(opened, Artifact) and recipe is None:
             document = describe_artifact(opened)
         else:
             torch_model = opened.model(trust_code=model_options.trust_code) if isinstance(opened, Artifact) else opened
             document = describe_model(torch_model, recipe, seed, progress)
+            if timed_on:
+                from martlet.measure.efficiency import efficiency
+
+                document["efficiency"] = efficiency(torch_model, timed_on, progress)
+    if html:
+        from martlet.report import efficiency as page
+
+        page.write(document["model"], document["efficiency"], html)
     if json:
         emit(document)
     elif "files" in document:
         _show_artifact(document)
     else:
         _show_model(document)
+    if html:
+        note(f"wrote {html}")
 
 
 def describe_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -208,10 +238,38 @@ def _show_model(document: dict[str, Any]) -> None:
         _preprocess(document),
         _view(document),
     )
+    if timed := document.get("efficiency"):
+        _show_efficiency(timed)
     if tried := document["recipe"]:
         steps = [(step["name"], step["summary"], _record(step["record"])) for step in tried["steps"]]
         bits = sorted(tried["bits"].items())
         show(table(("Technique", "What it does", "Here"), steps), table(("Tensors", "Bits"), bits))
+
+
+def _show_efficiency(found: Efficiency) -> None:
+    from martlet.report import units
+
+    rows = [
+        [
+            layer["name"],
+            layer["kind"],
+            units.number(layer["microseconds"]),
+            units.size(layer["bytes"]),
+            units.percent(layer["efficiency_pct"]),
+            units.percent(layer["attainable_pct"]),
+        ]
+        for layer in found["layers"]
+    ]
+    headings = ("Layer", "Kind", "µs", "Bytes", "Of the peak", "Memory allows")
+    show(
+        table(headings, rows, numbers=headings[2:]),
+        f"{found['engine']} in float32, one image, {found['threads']} thread(s): "
+        f"{units.quantity(found['latency_ms'], 'ms')}, {units.percent(found['efficiency_pct'])} of the peak of "
+        f"{units.quantity(found['peak_gmacs_per_s'], 'GMAC/s')} that a dense product reaches. "
+        f"Operations together: {units.quantity(found['operations_ms'], 'ms')}, of which "
+        f"{units.quantity(found['other_microseconds'] / 1e3, 'ms')} multiply nothing. "
+        f"Under {units.number(found['waterline_macs_per_byte'])} MACs a byte, a layer waits for memory.",
+    )
 
 
 def _shape(shape: list[int] | None) -> str:

@@ -9,8 +9,10 @@ from torch import nn
 def randomize_(module: nn.Module, seed: int = 0) -> None:
     """Matrices and kernels that keep the signal, noise on what starts as ones and zeros, statistics of batch norms.
 
-    As libraries initialize them, layer scales and classifiers may be zero, and batch norms do nothing.
+    As libraries initialize them, layer scales and classifiers may be zero, and batch norms do nothing. Training mode in
+    between empties caches of what follows from the weights.
     """
+    training = module.training
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in module.modules():
@@ -23,3 +25,4 @@ def randomize_(module: nn.Module, seed: int = 0) -> None:
                 assert part.running_mean is not None and part.running_var is not None
                 part.running_mean.normal_(0, 0.2, generator=generator)
                 part.running_var.uniform_(0.5, 2, generator=generator)
+    module.train().train(training)

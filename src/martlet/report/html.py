@@ -50,7 +50,15 @@ def write(document: Document, path: Path) -> None:
     Raises:
         ArtifactError: the folder is missing, full or not ours.
     """
-    page = render(document)
+    write_page(render(document), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Writes beside `path`, then renames.
+
+    Raises:
+        ArtifactError: the folder is missing, full or not ours.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(page, encoding="utf-8")

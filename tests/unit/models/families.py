@@ -18,6 +18,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Stage
 from martlet.data.preprocess import Preprocess
 from martlet.graph.trace import trace
+from martlet.models.random_weights import randomize_
 from martlet.techniques.quantize.int8 import Int8
 
 Size = tuple[int, int]
@@ -194,7 +195,7 @@ def tiny(name: str) -> nn.Module:
     """The variant with every parameter and statistic random, in inference mode. Not to be changed."""
     torch.manual_seed(0)
     module = models.create(name, num_classes=CLASSES, **FAMILIES[name].tiny).eval()
-    randomize_(module)
+    randomize_(module, seed=1)
     return module
 
 
@@ -204,21 +205,6 @@ def traced(name: str) -> Model:
     size, kept = FAMILIES[name].size, Preprocess(size=FAMILIES[name].size)
     graph = trace(tiny(name), size)
     return Model(name=name, module=graph, preprocess=kept, num_classes=CLASSES, origin={}, stage=Stage.GRAPH)
-
-
-def randomize_(module: nn.Module) -> None:
-    """Weights that keep the signal, noise on what starts as ones and zeros, statistics of batch norms that matter."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                if name == "weight" and parameter.ndim > 1:
-                    parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-                else:
-                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.running_mean.normal_(0, 0.2, generator=generator)
-                part.running_var.uniform_(0.5, 2, generator=generator)
 
 
 def images(size: Size, batch: int = 2) -> torch.Tensor:

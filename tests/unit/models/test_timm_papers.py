@@ -7,6 +7,7 @@ from torch import nn
 
 from martlet import models
 from martlet.core.errors import SourceError
+from martlet.models.random_weights import randomize_
 from martlet.models.timm_papers import PAPERS
 
 
@@ -47,6 +48,18 @@ def test_the_skeleton_has_the_papers_form_and_no_values():
     assert any(isinstance(part, nn.BatchNorm2d) for part in unfused.modules())
     assert {parameter.device for parameter in fused.parameters()} == {torch.device("meta")}
     assert unfused.num_classes == 1000  # timm's has 21,841
+
+
+def test_random_weights_reach_what_is_kept_of_them():
+    module, images = timm.create_model("levit_128s", num_classes=5).eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        plain = module(images)  # attention biases are kept from now on
+        randomize_(module)
+        expected = module(images)
+        module.train().eval()
+        assert torch.equal(module(images), expected)
+    assert not module.training
+    assert (expected - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("ask", [models.paper, models.stated, models.image_size, models.skeleton])
