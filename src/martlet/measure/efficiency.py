@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -26,7 +29,10 @@ PEAK_SIDE, PEAK_WIDTH = 512, 1024
 """The dense product that is the peak: an image of 3 × 512 × 512 is 768 rows of 1024, times 1024 × 1024."""
 COPIED_BYTES = 256 * 2**20
 """More than caches hold."""
-REPEATS = 20
+TRIES = 15
+"""Of the dense product, of which the best counts."""
+ACCOUNTS, REPEATS = 5, 4
+"""Of the engine's accounts of a call the median counts, each the mean of so many calls."""
 FLOAT_BYTES = 4
 
 
@@ -97,7 +103,7 @@ def efficiency(model: Model, engine: str, progress: Progress = silent) -> Effici
     )
     with tempfile.TemporaryDirectory() as folder:
         session, image = _open(dense, engine, Path(folder))
-        products = [op for _ in range(3) for op in session.profile(image, REPEATS // 2) if op.macs]
+        products = [op for _ in range(TRIES) for op in session.profile(image, 1) if op.macs]
         peak = max(op.macs / op.microseconds for op in products)  # millions a second
     threads = session.threads
     bandwidth = bandwidth_bytes_per_s(threads) / 1e6  # bytes a microsecond
@@ -107,7 +113,7 @@ def efficiency(model: Model, engine: str, progress: Progress = silent) -> Effici
         progress("prepare the model", 0, 0)
         session, image = _open(traced, engine, Path(folder))
         call = latency.interleave({"call": lambda: session(image)}, min_seconds=2, max_seconds=20, progress=progress)
-        ops = session.profile(image, REPEATS)
+        ops = _account(session, image)
     layers = _layers(traced, ops, peak, bandwidth)
     latency_ms, macs = float(np.median(call["call"])), sum(layer["macs"] for layer in layers)
     return {
@@ -152,6 +158,15 @@ def _open(model: Model, engine: str, folder: Path) -> tuple[Session, np.ndarray]
     target = engines.get(engine)
     target.lower(model, folder)
     return target.open(folder, batch=1, precision="f32"), image
+
+
+def _account(session: Session, image: np.ndarray) -> list[Op]:
+    """Every operation, with its median time over several accounts, so that what else the machine does is left out."""
+    times = defaultdict[tuple[str, str, str], list[float]](list)
+    accounts = [session.profile(image, REPEATS) for _ in range(ACCOUNTS)]
+    for op in itertools.chain.from_iterable(accounts):
+        times[op.name, op.kind, op.precision].append(op.microseconds)
+    return [replace(op, microseconds=float(np.median(times[op.name, op.kind, op.precision]))) for op in accounts[0]]
 
 
 def _layers(traced: Model, ops: Sequence[Op], peak: float, bandwidth: float) -> list[LayerEfficiency]:

@@ -51,6 +51,7 @@ def test_the_page_shows_every_layer_and_asks_for_nothing():
     assert "<h1>net &amp; co</h1>" in text
     assert text.count("<rect") == 4
     assert text.count('class="worst"') == 2  # the depthwise convolution, in each chart
+    assert ">15 MACs/B</span>" in text  # the top of the scale, 2⁴ - 1
     assert "dw&lt;1&gt;" in text
     assert "dw<1>" not in text
     assert "http" not in text.replace("http-equiv", "")
