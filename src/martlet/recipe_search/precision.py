@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from martlet.techniques.quantize.int8 import Int8, Plan
 
 JUDGED_ON = 64
-"""Images on which each layer's rounding is judged: KL has no steps, so few are enough."""
+"""Images on which each layer's rounding is judged: KL has no steps, so few are enough. They aren't those that ranges
+follow from, if there are enough others."""
 PROFILES = 5
 """Accounts of each model that are read, in turns; of an operation's times the median counts."""
 POINTS = 32
@@ -188,10 +189,11 @@ class Precision(Space[Chosen]):
             for site in plan.sites:
                 alone[unit_of[uncut(site.name)]][site.node] = plan.rounded(site)
             groups = [*alone, {node: call for group in alone for node, call in group.items()}]
-            images, reference = First(self.pool, JUDGED_ON), list[np.ndarray]()
+            seen = max(0, min(self.calibration.num_images, self.pool.num_images - JUDGED_ON))
+            images, reference = First(self.pool, JUDGED_ON, seen), list[np.ndarray]()
             logits: list[list[np.ndarray]] = [[] for _ in groups]
             for batch in images:
-                self.progress("round each layer alone", len(reference) * len(batch), images.num_images)
+                self.progress("round each layer alone", sum(map(len, reference)), images.num_images)
                 exact, found = changed_logits(graph, batch, groups)
                 reference.append(exact.numpy())
                 for parts, its in zip(logits, found, strict=True):

@@ -113,17 +113,18 @@ class Budget:
 
 
 class First:
-    """The first n of calibration images."""
+    """The first n of calibration images, those before `skipped` left out."""
 
-    def __init__(self, images: Batches, n: int) -> None:
-        self._images, self.num_images = images, min(n, images.num_images)
+    def __init__(self, images: Batches, n: int, skipped: int = 0) -> None:
+        self._images, self._skipped = images, skipped
+        self.num_images = min(n, images.num_images - skipped)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        left = self.num_images
+        skip, left = self._skipped, self.num_images
         for batch in self._images:
-            if left > 0:
-                yield batch[:left]
-                left -= len(batch)
+            if len(part := batch[skip:][:left]):
+                yield part
+            skip, left = max(0, skip - len(batch)), left - len(part)
 
 
 def front(candidates: Iterable[C], latency_ms: Callable[[C], float], loss: Callable[[C], float]) -> list[C]:

@@ -16,7 +16,7 @@ from martlet.data.preprocess import Preprocess
 from martlet.engine.base import Op
 from martlet.recipe_search import precision, search
 from martlet.recipe_search.precision import Precision, Times, unit_times
-from martlet.recipe_search.space import Budget, Loss
+from martlet.recipe_search.space import Budget, First, Loss
 from martlet.source import load_model
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -107,6 +107,20 @@ def test_budgets_say_what_is_within_and_what_is_better() -> None:
     assert Budget.of(0.5, None).keeps(fast) is False
     assert drop.price(fast) < drop.price(slow)
     assert ms.price(slow) < ms.price(fast)
+
+
+@pytest.mark.parametrize(("n", "skipped", "sizes"), [(5, 0, [3, 2]), (4, 4, [2, 2]), (9, 6, [2]), (3, 0, [3])])
+def test_some_of_the_images(n: int, skipped: int, sizes: list[int]) -> None:
+    class Eight:
+        num_images = 8
+
+        def __iter__(self):
+            yield from torch.arange(8.0).split(3)
+
+    found = list(First(Eight(), n, skipped))
+    assert [len(part) for part in found] == sizes
+    assert torch.cat(found).tolist() == list(range(8))[skipped:][:n]
+    assert First(Eight(), n, skipped).num_images == sum(sizes)
 
 
 def model() -> Model:
