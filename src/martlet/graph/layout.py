@@ -270,6 +270,8 @@ def _multiply_(graph: Graph, node: Node, factor: float) -> Node:
     """Multiplies what a node gives to all its users with a number."""
     with graph.inserting_after(node):
         product = call(graph, node, aten.mul.Tensor, node, factor)
+    if "val" in node.meta:
+        product.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
     return product
 

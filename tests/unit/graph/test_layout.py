@@ -211,6 +211,31 @@ def test_heads_in_turn_are_reordered_and_the_order_matters() -> None:
     assert error(before, logits(graph_module)) > 1e-3
 
 
+class MaskedWindows(nn.Module):
+    """Four windows of an image, whose scaled scores are masked in a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.q, self.head = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.register_buffer("mask", torch.randn(1, 4, 1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x).flatten(2).transpose(1, 2).unflatten(1, (4, 4)).flatten(0, 1)  # (B W, N, C)
+        heads = x.unflatten(2, (2, 3)).transpose(1, 2)
+        scores = (0.5 * self.q(x).unflatten(2, (2, 3)).transpose(1, 2)) @ heads.transpose(-2, -1)
+        masked = scores.reshape(-1, 4, 2, 4, 4) + self.mask
+        values = masked.reshape(-1, 2, 4, 4).softmax(-1) @ heads
+        return self.head(values.transpose(1, 2).flatten(2).unflatten(0, (-1, 4)).mean((1, 2)))
+
+
+def test_a_mask_is_added_to_scores_that_were_scaled_before() -> None:
+    graph_module = trace(MaskedWindows().eval(), SIZE)
+    before = logits(graph_module)
+    assert scale_after_scores_(graph_module) == 1
+    assert flatten_masks_(graph_module) == 1
+    assert error(before, logits(graph_module)) < 1e-5
+
+
 def test_q_k_and_v_lie_side_by_side_as_timm_has_them() -> None:
     graph_module = traced("vit")
     split_projections_(graph_module)
