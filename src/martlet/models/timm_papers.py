@@ -7,7 +7,7 @@ from martlet.models.paper import Paper, Stated
 APPLE = "Apple's own, for its sample code"
 
 PORT = "not reconciled; torchvision's port of the same model counts as ours does"
-FUSED = "not reconciled; timm merges every branch and batch norm of the authors' model, and what is left is more"
+FUSED = "not reconciled; once its branches are merged, timm's model has more left than the paper states"
 
 PAPERS = (
     Paper(
