@@ -2,13 +2,13 @@
 
 What a layer takes in floating point and in int8 is read from the engine's account of each operation, in three models:
 everything in int8, and every other layer in floating point, from the first on and from the second on. What its rounding
-costs is the KL divergence of the logits with it alone rounded. Errors of layers are nearly independent, so both add up,
-and an integer programme says which layers to leave for any latency.
+costs is the KL divergence of the logits with it alone rounded. Errors of layers are nearly independent, so both add up
+well enough for an integer programme to say which layers to leave for any latency; what those choices lose is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -23,7 +23,8 @@ from martlet.functional.allocation import Choice, allocate_exactly
 from martlet.recipe_search.space import TIMED_ON, TRIES, Budget, First, Loss, Space, front
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
+    from torch import Tensor
+    from torch.fx import GraphModule, Node
 
     from martlet.core.model import Model
     from martlet.engine.base import Op
@@ -176,41 +177,56 @@ class Precision(Space[Chosen]):
         return [ms[name] for name in models], [np.median(accounts[name], axis=0).tolist() for name in models]
 
     def judge(self) -> None:
-        """Computes the error of each unit rounded alone, and the loss with all rounded, if they aren't on record."""
-        from martlet.graph.layout import uncut
-        from martlet.graph.sensitivity import changed_logits
-
-        data = self.record.data
+        """Computes errors of units rounded alone, and losses of the choices that follow, where they aren't on record."""
+        data, every = self.record.data, range(len(self.units))
         if "errors" not in data:
-            graph: GraphModule = self.before.copy().module  # type: ignore[assignment]
-            plan: Plan = self.technique.plan_(graph, self.context(self.calibration))
-            unit_of = {name: i for i, unit in enumerate(self.units) for name in unit}
-            alone: list[dict] = [{} for _ in self.units]
-            for site in plan.sites:
-                alone[unit_of[uncut(site.name)]][site.node] = plan.rounded(site)
-            groups = [*alone, {node: call for group in alone for node, call in group.items()}]
-            seen = max(0, min(self.calibration.num_images, self.pool.num_images - JUDGED_ON))
-            images, reference = First(self.pool, JUDGED_ON, seen), list[np.ndarray]()
-            logits: list[list[np.ndarray]] = [[] for _ in groups]
-            for batch in images:
-                self.progress("round each layer alone", sum(map(len, reference)), images.num_images)
-                exact, found = changed_logits(graph, batch, groups)
-                reference.append(exact.numpy())
-                for parts, its in zip(logits, found, strict=True):
-                    parts.append(its.numpy())
-            losses = [Loss.of(np.concatenate(reference), np.concatenate(parts)) for parts in logits]
-            data["errors"] = [loss.kl for loss in losses[:-1]]
-            data["together"] = losses[-1]._asdict()
+            data["errors"] = [loss.kl for loss in self._losses([[i] for i in every], "round each layer alone")]
             self.record.save()
         self.errors: list[float] = data["errors"]
-        self.together = Loss(**data["together"])
+        known = data.setdefault("losses", {})
+        if wanted := [c for c in self.front() if self.text(c) not in known]:
+            rounded = [[i for i in every if i not in (c or ())] for c in wanted]
+            losses = self._losses(rounded, f"judge {len(wanted)} choices of layers")
+            known |= {self.text(c): loss._asdict() for c, loss in zip(wanted, losses, strict=True)}
+            self.record.save()
+        self.losses = {text: Loss(**loss) for text, loss in known.items()}
+
+    @cached_property
+    def rounding(self) -> tuple[GraphModule, list[dict[Node, Callable[..., Tensor]]]]:
+        """The graph before anything is rounded; and by unit what rounds it, as `changed_logits` takes it."""
+        from martlet.graph.layout import uncut
+
+        graph: GraphModule = self.before.copy().module  # type: ignore[assignment]
+        plan: Plan = self.technique.plan_(graph, self.context(self.calibration))
+        unit_of = {name: i for i, unit in enumerate(self.units) for name in unit}
+        found: list[dict[Node, Callable[..., Tensor]]] = [{} for _ in self.units]
+        for site in plan.sites:
+            found[unit_of[uncut(site.name)]][site.node] = plan.rounded(site)
+        return graph, found
+
+    def _losses(self, rounded: Sequence[Sequence[int]], what: str) -> list[Loss]:
+        """Losses against the exact logits with only those units rounded, in PyTorch."""
+        from martlet.graph.sensitivity import changed_logits
+
+        graph, calls = self.rounding
+        groups = [{node: call for i in units for node, call in calls[i].items()} for units in rounded]
+        seen = max(0, min(self.calibration.num_images, self.pool.num_images - JUDGED_ON))
+        images, reference = First(self.pool, JUDGED_ON, seen), list[np.ndarray]()
+        logits: list[list[np.ndarray]] = [[] for _ in groups]
+        for batch in images:
+            self.progress(what, sum(map(len, reference)), images.num_images)
+            exact, found = changed_logits(graph, batch, groups)
+            reference.append(exact.numpy())
+            for parts, its in zip(logits, found, strict=True):
+                parts.append(its.numpy())
+        return [Loss.of(np.concatenate(reference), np.concatenate(parts)) for parts in logits]
 
     def latency_ms(self, chosen: Chosen) -> float:
         return self.table.latency_ms(chosen)
 
     def drop_pct(self, chosen: Chosen) -> float:
-        """As predicted: where errors are small, points are lost in proportion to KL."""
-        return self.together.drop_pct * self._left(chosen) / (sum(self.errors) or 1.0)
+        """As simulated, of a choice of the front."""
+        return self.losses[self.text(chosen)].drop_pct
 
     def front(self) -> list[Chosen]:
         """The best choices by prediction, the fastest first."""

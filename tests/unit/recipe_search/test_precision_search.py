@@ -204,8 +204,10 @@ def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert record["units"][2] == ["blocks.0.attn.scores", "blocks.0.attn.values"]
     assert len(record["errors"]) == len(record["units"]) == UNITS
     assert all(error > 0 for error in record["errors"])
-    assert sum(record["errors"]) == pytest.approx(record["together"]["kl"], rel=0.5)
-    measured = record["measured"]
+    losses, measured = record["losses"], record["measured"]
+    assert sum(record["errors"]) == pytest.approx(measured[""]["kl"], rel=0.5)
+    assert losses[", ".join(names)]["kl"] == pytest.approx(measured[", ".join(names)]["kl"], rel=0.1)
+    assert min(loss["kl"] for loss in losses.values()) < max(loss["kl"] for loss in losses.values()) / 5
     assert measured[", ".join(names)]["kl"] == min(e["kl"] for e in measured.values() if e["latency_ms"] <= most)
     assert measured["*"]["kl"] < measured[""]["kl"]
     assert found.references == {"with all in int8": measured[""], "with nothing in int8": measured["*"]}
@@ -214,6 +216,7 @@ def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
     assert clock == []  # nothing is measured twice
     errors = record.pop("errors")
+    losses.popitem()
     measured.popitem()
     out.with_suffix(".json").write_text(json.dumps(record))
     assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
