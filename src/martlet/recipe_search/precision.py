@@ -177,7 +177,7 @@ class Precision(Space[Chosen]):
         return [ms[name] for name in models], [np.median(accounts[name], axis=0).tolist() for name in models]
 
     def judge(self) -> None:
-        """Computes errors of units rounded alone, and losses of the choices that follow, where they aren't on record."""
+        """Computes errors of units rounded alone, and losses of the choices that follow, unless they are on record."""
         data, every = self.record.data, range(len(self.units))
         if "errors" not in data:
             data["errors"] = [loss.kl for loss in self._losses([[i] for i in every], "round each layer alone")]
