@@ -238,6 +238,8 @@ def test_inspect_times_every_layer_and_writes_a_picture(martlet, tiny, tmp_path,
     monkeypatch.setattr(efficiency, "PEAK_SIDE", 64)
     monkeypatch.setattr(efficiency, "PEAK_WIDTH", 256)
     monkeypatch.setattr(efficiency, "COPIED_BYTES", 2**20)
+    monkeypatch.setattr(efficiency, "TRIES", 2)
+    monkeypatch.setattr(efficiency, "ACCOUNTS", 2)
     result = martlet("inspect", *tiny, "--html", tmp_path / "page.html", "--json")
     assert result.err == f"martlet: wrote {tmp_path / 'page.html'}\n"
     document = json.loads(result.out)
