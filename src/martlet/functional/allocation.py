@@ -35,7 +35,10 @@ def allocate_exactly(layers: Sequence[Sequence[Choice]], budgets: Sequence[float
         uses = np.array([[choice.uses[i] for choice in flat]])
         unit = uses.max() or 1.0  # numbers near 1 are what the solver's tolerances are made for
         constraints.append(LinearConstraint(uses / unit, -np.inf, budget / unit))
-    found = milp(costs / scale, constraints=constraints, bounds=Bounds(0, 1), integrality=np.ones(len(flat)))
+    # After presolving, HiGHS at times writes of its work to standard output, whatever it is told.
+    quiet = {"presolve": False}
+    integral, bounds = np.ones(len(flat)), Bounds(0, 1)
+    found = milp(costs / scale, constraints=constraints, bounds=bounds, integrality=integral, options=quiet)
     if found.x is None:
         raise ValueError("no choice of settings fits the budgets")
     picked = np.flatnonzero(found.x > 0.5)
