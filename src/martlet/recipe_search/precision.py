@@ -239,7 +239,7 @@ class Precision(Space[Chosen]):
         All in int8 is the answer to a drop as soon as it keeps it, and to a time when nothing else does.
         """
         measured = self.record.data.setdefault("measured", {})
-        points, tried = self.front(), set[Chosen]()
+        points, tried = front(self.front(), self.latency_ms, lambda c: self.losses[self.text(c)].kl), set[Chosen]()
         for _ in range(ROUNDS):
             off_ms = _mean(measured[self.text(c)]["latency_ms"] - self.latency_ms(c) for c in tried)
             off_pct = _mean(measured[self.text(c)]["drop_pct"] - self.drop_pct(c) for c in tried)
