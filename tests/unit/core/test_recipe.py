@@ -81,7 +81,7 @@ def test_needs_images():
 
 
 def test_digest_changes_with_every_setting_pass_and_order():
-    other = {"ranges": "minmax"}
+    other: dict[str, object] = {"ranges": "minmax", "float_layers": ("head",)}
     other |= {field.name: not field.default for field in dataclasses.fields(Int8) if isinstance(field.default, bool)}
     fields = {field.name for field in dataclasses.fields(Int8)}
     assert fields == other.keys(), "a new setting needs another value here"
