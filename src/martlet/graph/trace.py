@@ -19,13 +19,23 @@ MAX_BATCH = 4096
 def trace(module: nn.Module, size: tuple[int, int]) -> GraphModule:
     """Captures the module in inference mode for any batch size and one image size (H, W).
 
-    Returns a graph from images (B, 3, H, W) to logits (B, K), in which dropout is gone, batch norms are folded into the
-    layer before, and fused attention is written out. Every parameter keeps its name.
+    Returns a graph from images (B, 3, H, W) to logits (B, K), as `capture` says.
 
     Raises:
         SourceError: `torch.export` can't capture the module.
     """
-    example = torch.zeros(2, 3, *size)
+    return capture(module, torch.zeros(2, 3, *size))
+
+
+def capture(module: nn.Module, example: torch.Tensor) -> GraphModule:
+    """Captures a module of one input like `example` (2, …), at any other batch size: images, or a text's tokens.
+
+    In the graph dropout is gone, batch norms are folded into the layer before, and fused attention is written out.
+    Every parameter keeps its name.
+
+    Raises:
+        SourceError: `torch.export` can't capture the module.
+    """
     batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
     try:
         with torch.no_grad():

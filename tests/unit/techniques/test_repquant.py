@@ -1,16 +1,24 @@
 """RepQuant (arXiv 2402.05628) on tiny models: LayerNorms have the grid they were changed to, and logits stay."""
 
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from tiny import Smooth, compress, error, images, logits, model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from martlet.core.technique import Context, silent
+from martlet.core.model import Model
+from martlet.core.technique import Context, Stage, silent
+from martlet.data.preprocess import Preprocess
 from martlet.functional.percentile import percentile_scales
 from martlet.graph.reparameterize import common_grid
 from martlet.graph.shifting import norms_before_linears
 from martlet.graph.sites import sites
+from martlet.graph.trace import capture
 from martlet.nn.quantizers import TableQuantizer
 from martlet.techniques.quantize.repq_vit import RepQViT
 from martlet.techniques.quantize.repquant import RepQuant
@@ -85,3 +93,60 @@ def test_the_change_has_a_code_for_zero_whatever_the_channels() -> None:
     assert float(percentile_scales((x + 40).T, 4)[1].mean()) < 0
     change = RepQuant(activation_bits=4).change(x + 40, [weight])
     assert 0 <= float(change.zero_point) <= 15  # type: ignore[attr-defined]
+
+
+class Text(nn.Module):
+    """CLIP's encoder of a text's tokens (B, L), in small: causal, the embedding of the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes: dict[str, Any] = {
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "intermediate_size": 48,
+        }
+        tokens: dict[str, Any] = {
+            "vocab_size": 64,
+            "bos_token_id": 62,
+            "eos_token_id": 63,
+            "max_position_embeddings": 16,
+        }
+        self.encoder = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **tokens, projection_dim=5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.encoder(tokens).text_embeds
+
+
+class Texts:
+    num_images = 16
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            yield torch.randint(0, 62, (8, 12), generator=generator)
+
+
+def test_a_text_transformer_is_quantized_by_the_same_call() -> None:
+    torch.manual_seed(0)
+    graph_module, tokens = capture(Text().eval(), torch.zeros(2, 12, dtype=torch.long)), torch.cat(list(Texts()))
+    exact = logits(graph_module, tokens)
+    errors = []
+    for bits in (4, 8):
+        text = Model(
+            name="text",
+            module=graph_module,
+            preprocess=Preprocess(size=(12, 12)),
+            num_classes=5,
+            origin={},
+            stage=Stage.GRAPH,
+        ).copy()
+        method = RepQuant(weight_bits=bits, activation_bits=bits)
+        assert isinstance(text.module, GraphModule)
+        changed = copy.deepcopy(text.module)
+        assert method.prepare_(changed, tokens, Context())["reparameterized"] == 6
+        assert error(exact, logits(changed, tokens)) < 1e-4
+        record = method.apply_(text, Context(images=Texts()))
+        assert record["quantized"] == {"linear": 19, "scores": 3, "values": 3}
+        errors.append(error(exact, logits(text.module, tokens)))
+    assert errors[1] < errors[0] / 4 < 0.25
