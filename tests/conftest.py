@@ -1,14 +1,18 @@
 """What every test may use: real images and weights where there are some, fixed seeds, one thread, no network."""
 
+import functools
 import os
 import random
 import socket
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch.onnx._internal.exporter import _registration
 
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True
@@ -16,6 +20,21 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 LOOPBACK = ("localhost", "127.", "::1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sampled(n)` every run asks n, evenly spread, and `make test-all` all."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for found in cases.values():
+        n = min(found[0].get_closest_marker("sampled").args[0], len(found))
+        asked = {i * len(found) // n for i in range(n)}
+        for i, item in enumerate(found):
+            if i not in asked:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +52,15 @@ def assets() -> Path:
 def one_thread() -> None:
     """Sums depend on how many threads share them; and several processes test at once, each with a core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """The exporter parses the source of every ONNX translation anew at each export; here once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        its = _registration.onnxscript_apis
+        patch.setattr(its, "get_torchlib_ops", functools.cache(its.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(autouse=True)

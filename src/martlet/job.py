@@ -101,12 +101,15 @@ def compress(
     with store.writing(out, overwrite) as folder, tempfile.TemporaryDirectory() as plain:
         with clock("lower"):
             progress("write the artifact's files", 0, 2)
-            files = store.write_model(folder, compressed, target)
+            graphs = {"baseline": pipeline.traced(source), "artifact": pipeline.traced(compressed)}
+            files = store.write_model(folder, compressed, target, graphs["artifact"])
             store.seal(folder, compressed, engine, files)  # so that torch, which runs artifacts, can open it
             progress("write the baseline's files", 1, 2)
-            baseline_files = store.write_model(Path(plain), source, target)
+            baseline_files = store.write_model(Path(plain), source, target, graphs["baseline"])
             store.seal(Path(plain), source, engine, baseline_files)
-        duel = Duel(target, source, compressed, Path(plain), folder, baseline_files, files, threads, seed, progress)
+        duel = Duel(
+            target, source, compressed, graphs, Path(plain), folder, baseline_files, files, threads, seed, progress
+        )
         document = duel.measure(test, clock)
         document["recipe"] = describe_recipe(compressed)
         document["data"] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from martlet.core import registry, report
 from martlet.core.errors import EngineError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Progress, Stage
+from martlet.core.technique import Progress
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -57,11 +57,15 @@ class Clock:
 
 @dataclass
 class Duel:
-    """The untouched model and the artifact on the same engine, images, cores and minutes."""
+    """The untouched model and the artifact on the same engine, images, cores and minutes.
+
+    graphs: of both, by side, what `pipeline.traced` gives.
+    """
 
     engine: Engine
     source: Model
     compressed: Model
+    graphs: Mapping[str, Model]
     baseline_folder: Path
     artifact_folder: Path
     baseline_files: list[str]
@@ -77,6 +81,7 @@ class Duel:
         return self.engine.open(folder, batch=batch, precision=precision, threads=self.threads, trust_code=True)
 
     def measure(self, test: Images, clock: Clock) -> Document:
+        from martlet.graph.bits import bit_map
         from martlet.measure import accuracy, fidelity, latency, layers
 
         size = self.source.preprocess.size
@@ -97,7 +102,8 @@ class Duel:
         with clock("coverage"):
             covered = {which: self._coverage(sessions[which], probe) for which in self._each("read what ran")}
         with clock("layers"):
-            errors = layers.layer_errors(self.source, self.compressed, self._probe_images(test), self.progress)
+            both = self.graphs["baseline"], self.graphs["artifact"]
+            errors = layers.layer_errors(*both, self._probe_images(test), self.progress)
         with clock("memory"):
             sides = {
                 which: self._side(which, result, latency.summary(times[which]), throughputs[which], covered[which])
@@ -132,7 +138,7 @@ class Duel:
             "speedup": None if simulated else latency.ratio(times["baseline"], times["artifact"], self.seed),
             "fidelity": fidelity.fidelity(result.values["baseline"], result.values["artifact"]),
             "layers": errors,
-            "bits": _bits(self.compressed),
+            "bits": bit_map(cast("GraphModule", self.graphs["artifact"].module), self.compressed.precision),
             "simulated": simulated,
             "examples": _disagreements(result, test, self.source),
             "gate": {"passed": True, "reasons": [], "judged": []},
@@ -173,7 +179,7 @@ class Duel:
             "params": size.params(model.module),
             "weight_bytes": size.weight_bytes(model.module),
             "file_bytes": size.file_bytes(folder, self.artifact_files if artifact else self.baseline_files),
-            "gmacs": macs.macs(model) / 1e9,
+            "gmacs": macs.macs(self.graphs[which]) / 1e9,
             "latency_ms": times,
             "throughput": throughput,
             "peak_rss_bytes": memory.peak_rss_bytes(
@@ -258,14 +264,6 @@ def describe_recipe(model: Model) -> dict[str, Any]:
         for step in model.steps
     ]
     return {"text": str(recipe), "yaml": recipe.to_yaml(), "digest": recipe.digest(), "steps": steps}
-
-
-def _bits(model: Model) -> dict[str, Any]:
-    from martlet.graph.bits import bit_map
-    from martlet.graph.trace import trace
-
-    module = trace(model.module, model.preprocess.size) if model.stage is Stage.MODULE else model.module
-    return bit_map(cast("GraphModule", module), model.precision)
 
 
 def _disagreements(result: Logits, test: Images, model: Model, most: int = 8) -> list[Example]:

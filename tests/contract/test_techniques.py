@@ -208,6 +208,7 @@ def test_a_second_application_is_refused_where_it_breaks_what_it_requires(model,
         assert len(run(model, recipe | technique).steps) == 2
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", EACH)
 def test_a_model_of_convolutions(name, tmp_path):
     """Train-time branches, batch norms and no attention."""

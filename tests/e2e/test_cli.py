@@ -175,6 +175,7 @@ def test_there_must_be_something_to_time():
         bench([])
 
 
+@pytest.mark.slow
 def test_eval_of_a_model_is_the_same_on_every_engine(martlet, tiny, images):
     found = {}
     for engine in ("openvino", "onnxruntime", "torch"):
@@ -234,6 +235,7 @@ def test_inspect_tries_a_recipe(martlet, tiny):
     assert "run floating-point" in shown
 
 
+@pytest.mark.slow
 def test_inspect_times_every_layer_and_writes_a_picture(martlet, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(efficiency, "PEAK_SIDE", 64)
     monkeypatch.setattr(efficiency, "PEAK_WIDTH", 256)

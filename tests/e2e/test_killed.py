@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_what_was_there_stays_and_the_next_run_cleans_up(martlet, kill, arguments, out):
+def test_nothing_is_left_in_its_place_and_the_next_run_cleans_up(martlet, kill, arguments, out):
     half = kill(out, "weights.safetensors", *arguments)
     assert list(out.parent.iterdir()) == [half]  # and no `out`
     assert not (half / "report.json").exists()
@@ -56,6 +56,12 @@ def test_what_was_there_stays_and_the_next_run_cleans_up(martlet, kill, argument
     done = martlet(*arguments)
     assert done.status in (0, 3), done.err
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.slow
+def test_what_was_there_stays_until_the_new_is_whole(martlet, kill, arguments, out):
+    done = martlet(*arguments)
+    assert done.status in (0, 3), done.err
     before = contents(out)
     half = kill(out, "artifact.json", *arguments, "--overwrite")
     assert contents(out) == before

@@ -70,6 +70,7 @@ def test_a_contender_that_fails_is_an_entry_and_the_others_are_measured(
     assert json.loads((tmp_path / "results.json").read_text()) == record
 
 
+@pytest.mark.slow
 def test_martlet_states_the_bits_and_both_accuracies(peers: ModuleType, case: Any) -> None:
     case, images = case
     chosen = [c for c in peers.CONTENDERS if c.name == "openvino int8 (Martlet)"]

@@ -52,6 +52,7 @@ def test_from_small_to_large_up_to_a_limit(run):
     assert found["a"]["counts"]["macs"] == MACS["a"]
 
 
+@pytest.mark.slow
 def test_what_was_not_counted_is_before_it_is_left_out(run):
     _, measured, found = run("--parts", "export", "--max-gmacs", "1")
     assert [part for part, _ in measured] == ["counts"] * 3 + ["export"]

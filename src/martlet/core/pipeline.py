@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 
@@ -44,6 +45,16 @@ def restore_(model: Model, steps: Iterable[Step]) -> None:
         step.technique.restore_(model, step.record)
         model.steps.append(step)
     model.facts = Recipe(tuple(step.technique for step in model.steps)).facts()
+
+
+def traced(model: Model) -> Model:
+    """A twin whose module is the traced graph, with the model's own tensors; for those who read it, not to be changed.
+
+    A trace takes seconds, so whoever asks several things of a model's graph asks them of one twin.
+    """
+    twin = copy.copy(model)
+    enter_(twin, Stage.GRAPH)
+    return twin
 
 
 def enter_(model: Model, stage: Stage) -> None:

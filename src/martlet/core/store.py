@@ -233,11 +233,14 @@ def writing(path: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def write_model(folder: Path, model: Model, engine: Engine) -> list[str]:
-    """Writes what runs and what rebuilds: engine files, weights, recipe, preprocessing. Returns the engine files."""
+def write_model(folder: Path, model: Model, engine: Engine, traced: Model | None = None) -> list[str]:
+    """Writes what runs and what rebuilds: engine files, weights, recipe, preprocessing. Returns the engine files.
+
+    traced: the model's `pipeline.traced`, where there is one already.
+    """
     import safetensors.torch
 
-    files = engine.lower(model, folder)
+    files = engine.lower(traced or model, folder)
     safetensors.torch.save_model(model.module, str(folder / WEIGHTS))
     recipe = Recipe(tuple(step.technique for step in model.steps))
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -48,6 +48,7 @@ OFTEN = {"tome", "expedit", "readout"}
 """A reduction, one that gives tokens back, and one that is none; the others are asked by make test-all."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("engine_name", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize(
     "technique",

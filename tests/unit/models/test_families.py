@@ -73,11 +73,13 @@ def test_the_comparison_with_papers_can_fail():
     assert verdict(row, "macs", 4_200_000_000) == "macs: 4,200,000,000 agrees with 4.3G"
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_macs_of_the_graph_are_those_that_run(name):
     assert macs(traced(name)) == macs_run(copy.deepcopy(tiny(name)).to("meta"), FAMILIES[name].size)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )

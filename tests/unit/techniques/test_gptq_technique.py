@@ -88,6 +88,7 @@ def inputs_of(graph_module: GraphModule) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("settings", [{}, {"bits": 3, "group_size": 0}, {"bits": 5, "activation_order": True}])
 def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(kind: str, settings: dict[str, Any]) -> None:
@@ -171,6 +172,7 @@ def test_only_widths_with_kernels_are_not_simulated(bits: int, simulated: bool) 
     assert engines.get("torch").simulates(compressed)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("settings", [{}, {"group_size": 0}, {"bits": 3}, {"bits": 8}, {"bits": 6, "group_size": 16}])
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_engines_give_the_logits_of_the_model(tmp_path, target: str, settings: dict[str, Any]) -> None:
@@ -206,6 +208,7 @@ def test_onnxruntime_multiplies_4_bit_weights(tmp_path) -> None:
     assert sum(op.kind == "DequantizeLinear" for op in ops) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("bits", "kind"), [(4, "INT4"), (3, "INT4"), (8, "INT8")])
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_the_file_holds_integers_of_the_width(tmp_path, bits: int, kind: str, group_size: int) -> None:

@@ -68,6 +68,7 @@ def rounded(compressed: Model) -> list[str]:
     return [producer for producer, *_ in compressed.steps[-1].record["rounding"]["activations"]]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
 def test_q_k_and_v_of_one_linear_share_its_output_grid(settings: dict[str, Any]) -> None:
     original = model(**settings)
@@ -94,6 +95,7 @@ def test_normalized_q_and_k_keep_grids_of_their_own() -> None:
     assert not [name for name in rounded(compressed) if name.startswith("linear")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("settings", [{}, {"qkv_bias": False}, {"qk_norm": True}, {"reg_tokens": 2}])
 @pytest.mark.parametrize("ranges", ["logits", "mse"])
 def test_a_rebuilt_model_takes_the_state_dict(settings: dict[str, Any], ranges: str) -> None:

@@ -95,6 +95,7 @@ def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(compressed, kind: str,
     assert torch.equal(logits(rebuilt.module, images()), logits(done.module, images()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -152,6 +152,7 @@ def test_fp8_rounds_all_that_is_multiplied_with_the_greatest_value_at_the_format
     assert 0 < found[0] < found[1] < 0.5
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("technique", [*(WeightOnly(format=f, group_size=16) for f in FORMATS), FP8()], ids=str)
 @pytest.mark.parametrize("name", ["registers and qk-norm", "convolutions"])
 def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(name: str, technique: Technique) -> None:
@@ -162,6 +163,7 @@ def test_a_rebuilt_model_takes_the_state_dict_bit_for_bit(name: str, technique: 
     assert rebuilt.formats == compressed.formats
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("technique", [*(WeightOnly(format=f, group_size=16) for f in FORMATS), FP8()], ids=str)
 @pytest.mark.parametrize("name", ["registers and qk-norm", "convolutions"])
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
@@ -179,6 +181,7 @@ def test_engines_give_the_logits_of_the_model(tmp_path, target: str, name: str, 
     assert error(logits(original(name).module, x), out) > 1e-4  # the comparison can fail
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("technique", "kind", "simulated"),
     [

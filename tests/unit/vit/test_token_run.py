@@ -141,6 +141,7 @@ def test_later_blocks_get_fewer_tokens(name: str, technique: ToMe | TPS) -> None
     assert relative_error(logits(done), logits(model)) > 1e-4
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["class token", "no class token", "registers and qk-norm", "hf vit", "torchvision"])
 @pytest.mark.parametrize("technique", [ToMe(r={1: 3, 3: 2}, partition="2x2"), TPS(r={1: 3, 3: 2})])
 def test_the_trace_for_any_batch_agrees(name: str, technique: ToMe | TPS) -> None:

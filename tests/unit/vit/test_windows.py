@@ -127,6 +127,7 @@ def test_a_copy_is_pruned_by_itself() -> None:
     assert not logits(twin).any()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("engine_name", ["openvino", "onnxruntime"])
 def test_engines_and_reloading_agree(engine_name: str, tmp_path: Path) -> None:
     if engine_name == "onnxruntime":

@@ -1,0 +1,333 @@
+"""What each way to compute fewer tokens loses and gains: accuracy without training, features given back, times.
+
+    python benchmarks/token_studies.py accuracy      # every technique on ViT-Ti, at equal numbers of tokens
+    python benchmarks/token_studies.py features      # at 384 pixels: how close all tokens are given back
+    python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
+
+Writes one JSON file, entry after entry; started again, it goes on where it stopped. Accuracy and features are
+PyTorch's, in float32, from ViT-Ti's real weights on the real images of --assets; times are of random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import cifar
+import peers
+from martlet import engine as engines
+from martlet.cli.terminal import note, working
+from martlet.core import pipeline, registry
+from martlet.core.errors import MartletError
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Progress
+from martlet.engine.base import cores
+from martlet.measure import latency
+from martlet.measure.fidelity import fidelity
+from martlet.measure.macs import macs
+from martlet.recipe_search import expected_drop_pct
+from martlet.source import load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from martlet.core.model import Model
+    from martlet.data.images import Images
+
+WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
+PARTS = ("accuracy", "features", "times")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What must be equal for two entries to stand in one file. seconds: of timing one case."""
+
+    seconds: float
+    seed: int = 0
+    batch: int = 25
+    feature_images: int = 32
+
+
+Case = tuple[str, Mapping[str, Any]]
+"""A technique and its settings."""
+
+EARLY, ONCE = dict.fromkeys(range(1, 11), 8), {5: 98}
+"""Two schedules of about the same arithmetic: 8 tokens before each block but the first and last, or 98 at once."""
+SCHEDULES: Mapping[str, Mapping[int, int]] = {"8 in blocks 1 to 10": EARLY, "98 in block 5": ONCE}
+SCORES: Sequence[Case] = (
+    ("tome", {}),
+    ("tome", {"partition": "2x2"}),
+    ("tome", {"partition": "2x2", "informativeness": 0.3}),
+    ("mctf", {}),
+    ("tps", {}),
+    ("evit", {}),
+    ("turbo", {"alpha": 0.0}),
+    ("turbo", {"alpha": 10.0}),
+    ("turbo", {"alpha": 100.0}),
+    ("turbo", {"alpha": 100_000.0}),
+)
+GIVEN_BACK: Sequence[Case] = (
+    ("expedit", {"clusters": [18, 18]}),
+    ("expedit", {"clusters": [16, 16]}),
+    ("tome", {"r": {5: 252}, "partition": "2x2"}),
+    ("tps", {"r": {5: 252}}),
+    ("tome", {"r": {5: 320}, "partition": "2x2"}),
+    ("tps", {"r": {5: 320}}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What is timed against the untouched model. goal: how many times faster its paper says it is."""
+
+    model: str
+    size: int
+    batch: int
+    case: Case
+    goal: float
+    kwargs: Mapping[str, Any] | None = None
+
+
+TIMES = {
+    "semantic tokens": Timed(
+        model="deit_small_patch16_224", size=224, batch=8, case=("stvit", {"tokens": [4, 4]}), goal=1.8
+    ),
+    "policies": Timed(model="deit_small_patch16_224", size=224, batch=8, case=("ia_red2", {"steps": 0}), goal=1.3),
+    "clusters at 384": Timed(
+        model="vit_tiny_patch16_384", size=384, batch=1, case=("expedit", {"clusters": [18, 18]}), goal=1.4
+    ),
+    "windows at 512": Timed(
+        model="swin_tiny_patch4_window7_224",
+        size=512,
+        batch=1,
+        case=("sparsevit", {"ratio": dict.fromkeys(range(4, 10), 0.6)}),
+        goal=1.0,
+        kwargs={"img_size": 512, "window_size": 8},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for. Returns the exit status."""
+    options = _options(argv)
+    settings = Settings(seconds=options.seconds)
+    runs = {"accuracy": accuracy, "features": features, "times": times}
+    try:
+        document = peers.open_document(options.out, settings, "token_studies", "entries")
+        for part in options.parts:
+            known = {(e["part"], e["name"]) for e in document["entries"]}
+            for entry in runs[part](options.assets, settings, {name for p, name in known if p == part}):
+                document["entries"].append({"part": part, **entry, "commit": peers.commit()})
+                peers.write(options.out, document)
+                note(_line(document["entries"][-1]))
+    except MartletError as error:
+        note(str(error))
+        return error.exit_status
+    return 0
+
+
+def accuracy(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
+    """Every score under both schedules, on all test images together."""
+    cases = [
+        (f"{_text((name, others))}, {said}", (name, {"r": schedule, **others}))
+        for said, schedule in SCHEDULES.items()
+        for name, others in SCORES
+    ]
+    todo = [(said, case) for said, case in cases if said not in known]
+    if not todo:
+        return
+    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS)
+    x, labels = _test_images(assets, model, settings)
+    with working("the untouched model") as progress:
+        exact, whole = _logits(model, x, settings, progress), macs(model)
+    for said, case in todo:
+        with working(said) as progress:
+            done = _applied(model, case)
+            logits = _logits(done, x, settings, progress)
+        found = fidelity(exact, logits)
+        yield {
+            "name": said,
+            "model": model.name,
+            "weights": model.origin["weights"],
+            "recipe": Recipe((_technique(case),)).to_yaml(),
+            "images": f"{peers.SAMPLE} and {peers.VALIDATION}, less the {peers.HELD_OUT} that calibrate elsewhere",
+            "n": len(labels),
+            "macs": macs(done),
+            "macs_float": whole,
+            "top1_float_pct": _top1(exact, labels),
+            "top1_pct": _top1(logits, labels),
+            "agreement_pct": found["top1_agreement_pct"],
+            "kl_mean": found["kl_mean"],
+            "expected_drop_pct": expected_drop_pct(exact, logits),
+        }
+
+
+def features(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
+    """The mean cosine of the last block's tokens, given back, with the untouched model's, at 384 pixels."""
+    import torch
+
+    todo = [case for case in GIVEN_BACK if _text(case) not in known]
+    if not todo:
+        return
+    model = load_model(
+        "timm:vit_tiny_patch16_224",
+        weights=assets / "weights" / WEIGHTS,
+        model_kwargs={"img_size": 384, "global_pool": "avg", "fc_norm": False},  # whose head reads all patches
+    )
+    x, _ = _test_images(assets, model, settings, settings.feature_images)
+
+    def tokens(of: Model) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([of.module.forward_features(part) for part in x.split(4)])  # type: ignore[operator]
+
+    exact, whole = tokens(model), macs(model)
+    for case in todo:
+        with working(_text(case)):
+            done = _applied(model, case)
+            cosine = torch.nn.functional.cosine_similarity(exact, tokens(done), dim=-1)
+        yield {
+            "name": _text(case),
+            "model": f"{model.name} at 384 pixels",
+            "weights": model.origin["weights"],
+            "recipe": Recipe((_technique(case),)).to_yaml(),
+            "n": len(x),
+            "macs": macs(done),
+            "macs_float": whole,
+            "cosine_mean": float(cosine.mean()),
+        }
+
+
+def times(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
+    """Each against the untouched model on OpenVINO, call by call in turn, both in the engine's fast floating point."""
+    engine = engines.get("openvino")
+    precision = next(iter(engine.alternatives()))
+    for said, timed in TIMES.items():
+        if said in known:
+            continue
+        with working(said) as progress, ExitStack() as stack:
+            model = load_model(
+                f"timm:{timed.model}",
+                weights="random",
+                seed=settings.seed,
+                model_kwargs=timed.kwargs or {},
+            )
+            probe = np.random.default_rng(settings.seed).standard_normal(
+                (timed.batch, 3, timed.size, timed.size), dtype=np.float32
+            )
+            models = {"untouched": model, "fewer": _applied(model, timed.case, probe)}
+            runs: dict[str, Callable[[], object]] = {}
+            for name, each in models.items():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                each = pipeline.run(each, Recipe.load("bf16" if precision == "bf16" else "fuse"), Context())
+                engine.lower(each, folder)
+                session = engine.open(folder, batch=timed.batch, precision=precision, threads=cores())
+                runs[name] = functools.partial(session, probe)
+            ms = latency.interleave(runs, seed=settings.seed, min_seconds=settings.seconds, progress=progress)
+        yield {
+            "name": said,
+            "model": timed.model,
+            "weights": "random",
+            "size": timed.size,
+            "batch": timed.batch,
+            "engine": {"name": "openvino", "version": engine.version()},
+            "precision": precision,
+            "recipe": Recipe((_technique(timed.case),)).to_yaml(),
+            "macs": macs(models["fewer"]),
+            "macs_float": macs(model),
+            "goal": timed.goal,
+            "latency_ms": {name: latency.summary(each) for name, each in ms.items()},
+            "speedup": latency.ratio(ms["untouched"], ms["fewer"], settings.seed),
+        }
+
+
+def _technique(case: Case) -> Any:
+    name, settings = case
+    return registry.technique(name).from_settings(settings)
+
+
+def _applied(model: Model, case: Case, images: np.ndarray | None = None) -> Model:
+    return pipeline.run(model, Recipe((_technique(case),)), Context(images=images if images is None else Some(images)))
+
+
+@dataclass(frozen=True)
+class Some:
+    """A few images as calibration batches."""
+
+    images: np.ndarray
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import torch
+
+        yield torch.from_numpy(self.images)
+
+
+def _test_images(assets: Path, model: Model, settings: Settings, n: int | None = None) -> tuple[Tensor, np.ndarray]:
+    """Images (N, 3, H, W) of both sets, and labels (N,); the first n, or all."""
+    import torch
+
+    from martlet.data import open_images
+
+    _, rest = open_images(peers._images(assets, peers.VALIDATION)).split(peers.HELD_OUT, settings.seed)
+    sets: list[Images] = [open_images(peers._images(assets, peers.SAMPLE)), rest]
+    if n is not None:
+        sets = [rest.sample(n, settings.seed)]
+    read = [cifar.read(images, model) for images in sets]
+    return torch.cat([x for x, _ in read]), torch.cat([labels for _, labels in read]).numpy()
+
+
+def _logits(model: Model, x: Tensor, settings: Settings, progress: Progress) -> np.ndarray:
+    import torch
+
+    parts = []
+    with torch.inference_mode():
+        for part in x.split(settings.batch):
+            parts.append(model.module(part))
+            progress("run images", sum(map(len, parts)), len(x))
+    return torch.cat(parts).numpy()
+
+
+def _top1(logits: np.ndarray, labels: np.ndarray) -> float:
+    return 100 * float((logits.argmax(1) == labels).mean())
+
+
+def _text(case: Case) -> str:
+    name, settings = case
+    said = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"{name} ({said})" if said else name
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    share = f"{entry['macs'] / 1e9:.2f} of {entry['macs_float'] / 1e9:.2f} GMACs"
+    if "top1_pct" in entry:
+        return f"{entry['name']}: {entry['top1_pct']:.2f} % of {entry['top1_float_pct']:.2f} %, {share}"
+    if "cosine_mean" in entry:
+        return f"{entry['name']}: cosine {entry['cosine_mean']:.3f}, {share}"
+    return f"{entry['name']}: {entry['speedup']['median']:.2f} times as fast, {share}"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=" or ".join(PARTS))
+    parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
+    parser.add_argument(
+        "--out", type=Path, default=peers.ROOT / "results/token_studies.json", help="results/token_studies.json"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each case")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
