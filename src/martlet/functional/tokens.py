@@ -80,7 +80,7 @@ def bipartite_soft_matching(
     """
     best = scores.amax(1, keepdim=True)  # (B, 1, S)
     order = best[:, 0] if handicap is None else best[:, 0] - handicap
-    staying = _one_hot(order.topk(len(sources) - r, largest=False).indices, len(sources), scores)  # (B, S - r, S)
+    staying = _one_hot_of_best(order, len(sources) - r, largest=False)  # (B, S - r, S)
     joins = (scores == best).to(scores.dtype)  # (B, D, S)
     joins = joins * ((1 - staying.sum(1, keepdim=True)) / joins.sum(1, keepdim=True))
     return _reduction(num_prefix, destinations, sources, joins, staying)
@@ -129,7 +129,7 @@ def fuse_rest(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduc
     Source: Liang et al., EViT, 2022, arXiv 2202.07800, section 3.2.
     """
     count = scores.shape[1]
-    staying = _one_hot(scores.topk(keep).indices, count, scores)  # (B, K, S)
+    staying = _one_hot_of_best(scores, keep)  # (B, K, S)
     joins = 1 - staying.sum(1, keepdim=True)  # (B, 1, S)
     return _reduction(num_prefix, (), range(num_prefix, num_prefix + count), joins, staying)
 
@@ -140,7 +140,7 @@ def skip(scores: Float[Tensor, "b s"], keep: int, num_prefix: int) -> Reduction:
     What is left: the prefix, and those that stay, the best first.
     """
     count = scores.shape[1]
-    staying = _one_hot(scores.topk(keep).indices, count, scores)  # (B, K, S)
+    staying = _one_hot_of_best(scores, keep)  # (B, K, S)
     return _reduction(num_prefix, (), range(num_prefix, num_prefix + count), staying[:, :0], staying)
 
 
@@ -181,5 +181,9 @@ def _rows(x: Float[Tensor, "b n c"], indices: Int[Tensor, "b k"]) -> Float[Tenso
     return x.flatten(0, 1).index_select(0, (indices + first).flatten()).unflatten(0, (batch, indices.shape[1]))
 
 
-def _one_hot(chosen: Int[Tensor, "b k"], n: int, like: Tensor) -> Float[Tensor, "b k n"]:
-    return (chosen[:, :, None] == torch.arange(n, device=chosen.device)).to(like.dtype)
+def _one_hot_of_best(scores: Float[Tensor, "b n"], k: int, largest: bool = True) -> Float[Tensor, "b k n"]:
+    """A row for each of the k best, the best first; engines have no selection of none."""
+    if k == 0:
+        return scores.new_zeros(scores.shape[0], 0, scores.shape[1])
+    chosen = scores.topk(k, largest=largest).indices  # (B, K)
+    return (chosen[:, :, None] == torch.arange(scores.shape[1], device=chosen.device)).to(scores.dtype)

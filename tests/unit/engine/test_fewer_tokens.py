@@ -80,3 +80,15 @@ def test_engines_and_reloading_agree(engine_name: str, technique: Technique, tmp
         assert torch.equal(artifact.model().module(x), expected)
     same = technique.name == "readout"  # which is exact; the others' logits differ by more than the tolerance above
     assert torch.allclose(expected, untouched, rtol=1e-3, atol=1e-3) == same
+
+
+def test_every_source_may_join_and_none_stay(tmp_path: Path) -> None:
+    """Engines refuse to select nothing."""
+    engine = engines.get("openvino")
+    model = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY | {"depth": 2}, num_classes=10, seed=3)
+    done = pipeline.run(model, Recipe((ToMe(r={0: 12}),)), Context())
+    store.write_model(tmp_path, done, engine)
+    x = torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = done.module(x).numpy()
+    np.testing.assert_allclose(engine.open(tmp_path, batch=1, threads=1)(x.numpy()), expected, rtol=1e-3, atol=1e-3)
