@@ -47,6 +47,7 @@ def summary(document: Document) -> RenderableType:
         _text(_fidelity(document)),
         _text(""),
         *_gate(document),
+        *([_text(told, "yellow")] if (told := verdict.plainer(document)) else []),
     )
 
 

@@ -102,6 +102,20 @@ def floats(document: Document) -> str:
     return f"Floating-point parts run in {ran}{why}"
 
 
+def plainer(document: Document) -> str:
+    """That what quantizes nothing is faster than the artifact on this machine; empty where it isn't."""
+    speedup = document["speedup"]
+    beaten = [] if speedup is None else [a for a in document["alternatives"] if a["speedup"]["low"] > speedup["high"]]
+    if not beaten:
+        return ""
+    best = max(beaten, key=lambda a: a["speedup"]["median"])
+    assert speedup is not None
+    return (
+        f"Faster on this machine: {best['name']} ({best['speedup']['median']:.2f}x the baseline's speed; the artifact "
+        f"has {speedup['median']:.2f}x)"
+    )
+
+
 def rows(document: Document) -> list[Row]:
     """Every field of the two sides, with its unit and what changed; a simulated artifact claims no speed or size."""
     before, after = document["baseline"], document["artifact"]

@@ -89,3 +89,18 @@ def test_what_got_worse_is_marked() -> None:
     rows = {row.name: row for row in verdict.rows(document)}
     assert {name for name, row in rows.items() if row.worse} == {"Latency, median", "Top-1", "Top-5", "File size"}
     assert rows["File size"].change == "2.0× larger"
+
+
+def test_a_plain_alternative_that_is_faster_is_named() -> None:
+    assert verdict.plainer(sample.document()) == ""
+    faster = {
+        "name": "openvino bf16, not quantized",
+        "latency_ms": {"median": 5.0, "p05": 4.9, "p95": 5.2, "n": 100},
+        "speedup": {"median": 2.5, "low": 2.4, "high": 2.6},
+    }
+    found = sample.document(alternatives=[faster])
+    assert verdict.plainer(found).startswith("Faster on this machine: openvino bf16, not quantized (2.50x")
+    assert found["speedup"] is not None
+    unsure = faster | {"speedup": {"median": 2.5, "low": found["speedup"]["high"], "high": 2.6}}
+    assert verdict.plainer(sample.document(alternatives=[unsure])) == ""  # the intervals touch
+    assert verdict.plainer(sample.simulated()) == ""
