@@ -23,6 +23,7 @@ from martlet.core.technique import Context, Progress, Technique, silent
 from martlet.proof import BATCH, Clock, Duel, describe_images, describe_recipe, gate
 
 if TYPE_CHECKING:
+    from martlet.core.report import Document
     from martlet.data.calibration import Calibration
     from martlet.data.images import Images
     from martlet.data.preprocess import Preprocess
@@ -110,21 +111,35 @@ def compress(
         duel = Duel(
             target, source, compressed, graphs, Path(plain), folder, baseline_files, files, threads, seed, progress
         )
-        document = duel.measure(test, clock)
-        document["recipe"] = describe_recipe(compressed)
-        document["data"] = {
-            "images": describe_images(test, document["fidelity"]["n_images"], None),
-            "calibration": calibration and describe_images(calibration.images, calibration.num_images, seed),
-        }
-        if patches:
-            document["patches"] = patches
-        document["gate"] = gate(document, max_drop)
-        document["command"] = command
-        document["seconds"] = clock.total()
-        store.write_report(folder, document)
-        store.seal(folder, compressed, engine, files)
+        prove(duel, test, calibration, clock, max_drop, command, patches)
     shutil.rmtree(kept.folder, ignore_errors=True)
     return store.load(out)
+
+
+def prove(
+    duel: Duel,
+    test: Images,
+    calibration: Calibration | None,
+    clock: Clock,
+    max_drop: float | None,
+    command: str | None,
+    patches: Sequence[report.Patches] = (),
+) -> Document:
+    """Measures both sides on the test images, and seals the artifact's folder with the report. Returns the report."""
+    document = duel.measure(test, clock)
+    document["recipe"] = describe_recipe(duel.compressed)
+    document["data"] = {
+        "images": describe_images(test, document["fidelity"]["n_images"], None),
+        "calibration": calibration and describe_images(calibration.images, calibration.num_images, duel.seed),
+    }
+    if patches:
+        document["patches"] = [*patches]
+    document["gate"] = gate(document, max_drop)
+    document["command"] = command
+    document["seconds"] = clock.total()
+    store.write_report(duel.artifact_folder, document)
+    store.seal(duel.artifact_folder, duel.compressed, duel.engine.name, duel.artifact_files)
+    return document
 
 
 def _data(
@@ -295,8 +310,7 @@ def deploy(
 
     asked = None if engine is None else engines.get(engine)
     if isinstance(model, str | Path):
-        is_artifact = (Path(model) / store.MANIFEST).is_file()
-        model = store.load(model) if is_artifact else load_model(str(model), trust_code=trust_code)
+        model = store.load(model) if store.find(model) else load_model(str(model), trust_code=trust_code)
     if isinstance(model, Artifact):
         saved = model.manifest["model"]
         own = engines.get(model.engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument
@@ -32,10 +31,7 @@ def bench(
         from martlet.job import bench
 
         document = bench(
-            [
-                store.load(spec) if (Path(spec) / store.MANIFEST).is_file() else model_options.load(spec, seed)
-                for spec in models
-            ],
+            [store.load(spec) if store.find(spec) else model_options.load(spec, seed) for spec in models],
             engine=engine,
             threads=threads,
             seed=seed,

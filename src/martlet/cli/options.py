@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Argument, Option
@@ -96,7 +95,7 @@ class ModelOptions:
         """
         from martlet.core import store
 
-        if not (Path(spec) / store.MANIFEST).is_file():
+        if not store.find(spec):
             return self.load(spec, seed)
         if replace(self, trust_code=False) != ModelOptions():
             raise UsageError(f"{spec} is an artifact, with its own weights, classes and preprocessing: name it alone")

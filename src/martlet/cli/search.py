@@ -1,76 +1,138 @@
-"""`martlet search`: a recipe's settings within a budget."""
+"""`martlet search`: from a budget to an artifact."""
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option
 
+from martlet.cli.compress import GATE_FAILED
 from martlet.cli.options import ImageOptions, Json, ModelOptions, Seed, Spec, Threads
-from martlet.cli.terminal import emit, facts, show, working
+from martlet.cli.stop import Stopped
+from martlet.cli.terminal import emit, note, show, table, working
+from martlet.core import store
+from martlet.core.errors import UsageError
 
 
 def search(
+    ctx: Context,
     model: Spec,
     image_options: ImageOptions,
-    out: Annotated[Path, Option(metavar="FILE", help="The recipe to write, .yaml.", show_default=False)],
+    out: Annotated[Path, Option(metavar="DIR", help="The search's folder: winner, page, record.", show_default=False)],
     model_options: ModelOptions,
     max_drop: Annotated[
-        float | None, Option(min=0, metavar="POINTS", help="The fastest that loses no more top-1.", show_default=False)
+        float | None, Option(metavar="POINTS", help="Of top-1, that may be lost.", show_default=False)
     ] = None,
-    max_ms: Annotated[
-        float | None, Option(min=0, metavar="MS", help="What loses least in this time.", show_default=False)
+    latency_ms: Annotated[
+        float | None, Option(metavar="MS", help="That a call at batch 1 may take.", show_default=False)
+    ] = None,
+    size_mb: Annotated[float | None, Option(metavar="MB", help="That the files may weigh.", show_default=False)] = None,
+    minutes: Annotated[float, Option(metavar="MIN", help="How long to search.")] = 30.0,
+    candidates: Annotated[
+        int | None, Option(min=1, metavar="N", help="How many recipes to draw, if fewer.", show_default=False)
     ] = None,
     recipe: Annotated[
-        str, Option(metavar="RECIPE", help="One with int8, or that removes tokens: a shipped one, or a YAML file.")
-    ] = "tokens-int8",
+        str | None, Option(metavar="RECIPE", help="Search its settings alone, not all techniques.", show_default=False)
+    ] = None,
     engine: Annotated[str, Option(metavar="ENGINE", help="openvino or onnxruntime.")] = "openvino",
-    num_images: Annotated[int, Option(min=1, metavar="N", help="How many of --images.")] = 256,
-    num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of those to calibrate on.")] = 64,
+    strategy: Annotated[str, Option(metavar="NAME", help="tpe, nsga2, greedy, constrained or random.")] = "tpe",
+    num_images: Annotated[int, Option(min=1, metavar="N", help="How many of --images to search on.")] = 256,
+    num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of those to calibrate on.")] = 32,
+    peer: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=DIR", help="An artifact to measure beside the finalists.", show_default=False),
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is at --out, and start anew.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Begin anew, where there is a search at --out.")] = False,
     json: Json = False,
-) -> None:
-    """Search what a recipe should do within a budget, by the engine's clock, and write the recipe.
+) -> int:
+    """Find the best recipe within a budget, and leave the winner as an artifact.
 
-    Where the recipe removes tokens, that is in which blocks how many; else, where it has int8, which layers stay in
-    floating point. Give one budget, --max-drop or --max-ms; then `martlet compress … --recipe FILE` on other images. A
-    search that was stopped goes on where it was.
+    Give one limit or several: --max-drop, --latency-ms, --size-mb. A part of --images is searched on, and the numbers
+    told are of the others. Stopped at any moment, the best so far is in --out, and the same command goes on from there.
+    `martlet eval DIR` runs the winner. Exit status 3 if nothing keeps the budget; the nearest is there.
     """
-    with working("load the model") as progress:
-        from martlet.recipe_search import search
+    peers = dict(map(_peer, peer or []))
+    try:
+        with working("load the model") as progress:
+            from martlet.recipe_search import search as find
 
-        found = search(
-            lambda: model_options.load(model, seed),
-            images=image_options.open(seed),
-            out=out,
-            max_drop=max_drop,
-            max_ms=max_ms,
-            recipe=recipe,
-            engine=engine,
-            num_images=num_images,
-            num_calib=num_calib,
-            overwrite=overwrite,
-            threads=threads,
-            seed=seed,
-            progress=progress,
-        )
+            found = find(
+                lambda: model_options.load(model, seed),
+                images=image_options.open(seed),
+                out=out,
+                max_drop=max_drop,
+                latency_ms=latency_ms,
+                size_mb=size_mb,
+                minutes=minutes,
+                candidates=candidates,
+                recipe=recipe,
+                engine=engine,
+                strategy=strategy,
+                num_images=num_images,
+                num_calib=num_calib,
+                peers=peers,
+                overwrite=overwrite,
+                threads=threads,
+                seed=seed,
+                progress=progress,
+                command=ctx.obj,
+                rebuild=_rebuild(model, model_options, image_options, engine, num_calib, threads, seed),
+            )
+    except Stopped:
+        if store.find(out):
+            note(f"the best so far is in {out}; the same command goes on from there")
+        raise
     if json:
         emit(found.document)
-        return
-    beside = found.references.items()
-    ms = "".join(f", {said} {entry['latency_ms']:.2f} ms" for said, entry in beside)
-    points = "".join(f", {said} {entry['drop_pct']:.2f} points" for said, entry in beside)
-    show(
-        facts(
-            [
-                ("recipe", str(found.recipe)),
-                ("latency", f"{found.latency_ms:.2f} ms{ms}"),
-                ("expected drop", f"{found.drop_pct:.2f} points{points}"),
-            ]
-        ),
-        f"Recipe  {out}",
-        f"Record  {out.with_suffix('.json')}",
-    )
+    else:
+        show(
+            _front(found.document), found.why, "", f"Artifact  {found.winner.path}", f"Record    {out / 'search.json'}"
+        )
+    return 0 if found.kept else GATE_FAILED
+
+
+def _front(document: dict) -> object:
+    """The front on held-out images, the fastest first, with what it is compared with."""
+    rows = []
+    points = [p for p in document["points"] if p["stage"] == "final"]
+    for p in sorted(points, key=lambda p: p["values"]["latency_ms"]["value"]):
+        values = {axis: its["value"] for axis, its in p["values"].items()}
+        mark = "winner" if p["winner"] else p["kind"] if p["kind"] != "candidate" else ""
+        numbers = f"{values['latency_ms']:.2f}", f"{values['drop_pct']:.2f}", f"{values['file_bytes'] / 1e6:.2f}"
+        rows.append((str(p["id"]), mark, *numbers, p["label"]))
+    numbers = ("id", "ms", "points lost", "MB")
+    return table(("id", "", "ms", "points lost", "MB", "recipe"), rows, numbers)
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"--peer takes NAME=DIR, not {text!r}")
+    return name, path
+
+
+def _rebuild(
+    model: str,
+    model_options: ModelOptions,
+    image_options: ImageOptions,
+    engine: str,
+    num_calib: int,
+    threads: int | None,
+    seed: int,
+) -> str:
+    """The command that makes a point again, but for its recipe and its place."""
+    words = ["martlet", "compress", model]
+    for options in (model_options, image_options):
+        for field in fields(options):
+            value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+            if value is True:
+                words.append(option)
+            elif value not in (None, False):
+                words += [option, str(value)]
+    words += ["--engine", engine, "--num-calib", str(num_calib), "--seed", str(seed)]
+    return shlex.join(words + (["--threads", str(threads)] if threads else []))

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MANIFEST = "artifact.json"
+WINNER = "winner"
+"""Where the folder of a search has its artifact."""
 OLD = "-old"
 WEIGHTS = "weights.safetensors"
 
@@ -143,14 +145,19 @@ class Artifact:
         return model
 
 
+def find(path: str | Path) -> Path | None:
+    """Where the artifact lies that a path names: there, or in a search's folder its winner; None if there is none."""
+    return next((folder for folder in (Path(path), Path(path) / WINNER) if (folder / MANIFEST).is_file()), None)
+
+
 def load(path: str | Path) -> Artifact:
-    """Opens an artifact folder and checks that every file is there and as it was written.
+    """Opens an artifact folder, or a search's winner, and checks that every file is there and as it was written.
 
     Raises:
         UsageError: it is no artifact.
         ArtifactError: of another version, incomplete or damaged; says which file.
     """
-    path = Path(path)
+    path = find(path) or Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

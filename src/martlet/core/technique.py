@@ -67,6 +67,20 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """A technique's part of the space of recipes: what a search may draw for it.
+
+    settings: by field, the values that it may have.
+    front: what finds, by measuring a model, the values of one more field that are worth drawing; None if there is none.
+    always: it is exact, and no recipe that can have it is better without.
+    """
+
+    settings: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    front: type[Space] | None = None
+    always: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Int8Form:
     """The int8 quantization that an engine has fast kernels for. Declared by the engine, obeyed by the technique.
 
@@ -145,8 +159,8 @@ class Technique(ABC):
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""
 
-    def space(self) -> type[Space] | None:
-        """What `search` can find of its settings, by measuring; None if there is nothing to find."""
+    def space(self) -> Choices | None:
+        """What `search` may draw for it; None keeps it out of searches."""
         return None
 
     @abstractmethod

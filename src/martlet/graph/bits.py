@@ -51,6 +51,12 @@ def bit_map(graph_module: GraphModule, floating: str) -> dict[str, str]:
     return {kind: _text(count) for kind, count in counts.items()}
 
 
+def rounded_operands(graph_module: GraphModule, node: Node) -> bool:
+    """Whether both operands of a multiplication are rounded to integers."""
+    operands = [operand for operand in node.args if isinstance(operand, Node)][:2]
+    return len(operands) == 2 and all(_bits_before(graph_module, each, "").isdigit() for each in operands)
+
+
 def _additions(graph_module: GraphModule) -> list[Node]:
     """The additions of two tensors that both depend on the image."""
     varying, found = set[Node](), []

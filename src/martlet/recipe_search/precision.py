@@ -8,7 +8,7 @@ well enough for an integer programme to say which layers to leave for any latenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -20,7 +20,7 @@ from martlet.core.errors import UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Batches, Stage
 from martlet.functional.allocation import Choice, allocate_exactly
-from martlet.recipe_search.space import TIMED_ON, TRIES, Budget, First, Loss, Space, front
+from martlet.recipe_search.space import TIMED_ON, First, Loss, Space, front
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +37,11 @@ PROFILES = 5
 """Accounts of each model that are read, in turns; of an operation's times the median counts."""
 POINTS = 32
 """Latencies for which the best choice is computed, close together near int8's."""
-ROUNDS = 2
-"""How often candidates are chosen, the second time by what the first showed."""
 
 Unit = tuple[str, ...]
 """Names of what is rounded together or not at all: one layer, or the two products of an attention."""
-Chosen = tuple[int, ...] | None
-"""Places of the units in floating point, in their order; None is all, the recipe without int8."""
+Chosen = tuple[int, ...]
+"""Places of the units in floating point, in their order."""
 
 
 class Times(NamedTuple):
@@ -74,8 +72,7 @@ class Times(NamedTuple):
         return cls(base_ms, tuple(int8_us), float_us, scale)
 
     def latency_ms(self, chosen: Chosen) -> float:
-        left = range(len(self.int8_us)) if chosen is None else chosen
-        return self.base_ms + self.scale * sum(self.float_us[i] - self.int8_us[i] for i in left) / 1000
+        return self.base_ms + self.scale * sum(self.float_us[i] - self.int8_us[i] for i in chosen) / 1000
 
     def choose(self, errors: Sequence[float], latency_ms: float) -> Chosen:
         """The units to leave, so that the errors of the others add up to the least within a time.
@@ -103,8 +100,7 @@ class Times(NamedTuple):
 class Precision(Space[Chosen]):
     """`float_layers` of `int8`."""
 
-    noun: ClassVar[str] = "choice of layers"
-    references: ClassVar[Mapping[str, Chosen]] = {"with all in int8": (), "with nothing in int8": None}
+    basis: ClassVar[str] = "int8"
 
     @property
     def technique(self) -> Int8:
@@ -119,19 +115,11 @@ class Precision(Space[Chosen]):
         return [name for i in chosen for name in units[i]]
 
     def candidate(self, chosen: Chosen) -> Recipe:
-        if chosen is None:
-            return self.swapped()
         return self.swapped(replace(self.technique, float_layers=(*self.technique.float_layers, *self.names(chosen))))
 
     def text(self, chosen: Chosen) -> str:
-        """`blocks.0.mlp.fc2, head`; `*` for the recipe without int8."""
-        return "*" if chosen is None else ", ".join(self.names(chosen))
-
-    def describe(self, text: str) -> str:
-        names = text.split(", ")
-        nothing = "nothing more" if self.technique.float_layers else "nothing"
-        left = {"": nothing, "*": "everything"}.get(text) or (text if len(names) < 4 else f"{len(names)} layers")
-        return f"{left} in floating point"
+        """`blocks.0.mlp.fc2, head`."""
+        return ", ".join(self.names(chosen))
 
     def compressed(self, chosen: Chosen, images: Batches) -> Model:
         """As of a recipe from the beginning; what comes before int8 is done once for all."""
@@ -184,8 +172,8 @@ class Precision(Space[Chosen]):
             self.record.save()
         self.errors: list[float] = data["errors"]
         known = data.setdefault("losses", {})
-        if wanted := [c for c in self.front() if self.text(c) not in known]:
-            rounded = [[i for i in every if i not in (c or ())] for c in wanted]
+        if wanted := [c for c in self.choices() if self.text(c) not in known]:
+            rounded = [[i for i in every if i not in c] for c in wanted]
             losses = self._losses(rounded, f"judge {len(wanted)} choices of layers")
             known |= {self.text(c): loss._asdict() for c, loss in zip(wanted, losses, strict=True)}
             self.record.save()
@@ -224,45 +212,17 @@ class Precision(Space[Chosen]):
     def latency_ms(self, chosen: Chosen) -> float:
         return self.table.latency_ms(chosen)
 
-    def drop_pct(self, chosen: Chosen) -> float:
-        """As simulated, of a choice of the front."""
-        return self.losses[self.text(chosen)].drop_pct
-
     def front(self) -> list[Chosen]:
-        """The best choices by prediction, the fastest first."""
-        found: set[Chosen] = {self.table.choose(self.errors, ms) for ms in self.table.points()} | {()}
+        return front(self.choices(), self.latency_ms, lambda c: self.losses[self.text(c)].kl)
+
+    def choices(self) -> list[Chosen]:
+        """The best by the sum of errors, the fastest first; all in int8 is one of them."""
+        found = {self.table.choose(self.errors, ms) for ms in self.table.points()} | {()}
         return front(found - {tuple(range(len(self.units)))}, self.latency_ms, self._left)
-
-    def promising(self, budget: Budget) -> Iterator[Sequence[Chosen]]:
-        """Every other of the front that should keep the budget, and the next that may; then by what these showed.
-
-        All in int8 is the answer to a drop as soon as it keeps it, and to a time when nothing else does.
-        """
-        measured = self.record.data.setdefault("measured", {})
-        points, tried = front(self.front(), self.latency_ms, lambda c: self.losses[self.text(c)].kl), set[Chosen]()
-        for _ in range(ROUNDS):
-            off_ms = _mean(measured[self.text(c)]["latency_ms"] - self.latency_ms(c) for c in tried)
-            off_pct = _mean(measured[self.text(c)]["drop_pct"] - self.drop_pct(c) for c in tried)
-            ms = {c: self.latency_ms(c) + off_ms for c in points}
-            drop_pct = {c: self.drop_pct(c) + off_pct for c in points}
-            kept = budget.choose(points, ms.__getitem__, drop_pct.__getitem__)
-            better = points if budget.max_drop is not None else points[::-1]
-            may = better[: better.index(kept[0])][-1:] if kept else better[-1:]
-            fresh = [c for c in [*may, *kept[::2]] if c and c not in tried][:TRIES]
-            if not fresh:
-                break
-            tried.update(fresh)
-            yield [*fresh, *([()] if budget.max_drop is not None else [])]
-        yield [()]
 
     def _left(self, chosen: Chosen) -> float:
         """The errors that remain, as a sum."""
-        return 0.0 if chosen is None else sum(self.errors) - sum(self.errors[i] for i in chosen)
-
-
-def _mean(values: Iterable[float]) -> float:
-    """0 of none."""
-    return float(np.mean([*values] or [0.0]))
+        return sum(self.errors) - sum(self.errors[i] for i in chosen)
 
 
 def unit_times(ops: Iterable[Op], units: Sequence[Unit]) -> list[float]:

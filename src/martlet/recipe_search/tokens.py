@@ -6,20 +6,18 @@ schedule loses is computed on images in PyTorch, from the first block that reduc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from martlet.core.recipe import Recipe
-from martlet.recipe_search.space import TIMED_ON, TRIES, Budget, First, Loss, Space, front
+from martlet.recipe_search.space import TIMED_ON, First, Loss, Space, front
 
 if TYPE_CHECKING:
     from martlet.vit.tokens import TokenReduction
 
-MARGIN = 0.02
-"""Of the latency: so far off may a prediction be, and the schedule is tried."""
 PARTS = 12
 """A reduction takes a multiple of so many parts of the patches."""
 MOST_REDUCTIONS = 3
@@ -76,8 +74,7 @@ class Table(NamedTuple):
 class Tokens(Space[Schedule]):
     """`r` of a technique that removes tokens."""
 
-    noun: ClassVar[str] = "schedule"
-    references: ClassVar[Mapping[str, Schedule]] = {"with all tokens": ()}
+    basis: ClassVar[str] = "tps"
 
     def __post_init__(self) -> None:
         from martlet.vit.tokens import Taken
@@ -99,9 +96,6 @@ class Tokens(Space[Schedule]):
     def text(self, chosen: Schedule) -> str:
         """`4: 64, 8: 32`."""
         return ", ".join(f"{block}: {r}" for block, r in chosen)
-
-    def describe(self, text: str) -> str:
-        return f"{text or 'nothing'} removed"
 
     def time(self) -> None:
         """Times what the table is solved from, if that isn't on record."""
@@ -157,13 +151,6 @@ class Tokens(Space[Schedule]):
     def front(self) -> list[Schedule]:
         """The judged schedules that no other beats in both, the fastest first."""
         return front(self.losses, self.latency_ms, lambda schedule: self.losses[schedule].kl)
-
-    def promising(self, budget: Budget) -> Iterator[Sequence[Schedule]]:
-        """Of the front, the fastest that should keep the drop, or the most faithful that should keep the time."""
-        self.measure([()])
-        always_lost = self.record.data["measured"][""]["drop_pct"]  # by the recipe with all tokens
-        chosen = budget.choose(self.front(), self.latency_ms, lambda s: self.losses[s].drop_pct + always_lost, MARGIN)
-        yield from ([schedule] for schedule in chosen[:TRIES])
 
     def _fits(self, schedule: Schedule) -> bool:
         """Whether so many can go, and it is faster."""

@@ -129,7 +129,9 @@ def _parse(spec: str) -> tuple[str, str]:
             raise SourceError(f"{spec!r} names no model (forms: {FORMS})")
         return prefix, name
     path = Path(spec)
-    if (path / MANIFEST).is_file():
+    from martlet.core import store
+
+    if store.find(path):
         return "artifact", spec
     if path.is_dir():
         hint = f"; did you mean hf:{spec}?" if (path / "config.json").is_file() else f" (forms: {FORMS})"

@@ -8,18 +8,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.vit.reading import Reading, Taken, check_global, patches_of, reading, run_from_parts_
 from martlet.vit.token_run import Decide, Decision, Fuse, Patches, TokenRun, Tokens, install_
 from martlet.vit.view import VitView, view
-
-if TYPE_CHECKING:
-    from martlet.recipe_search.space import Space
 
 __all__ = [
     "Decide",
@@ -49,6 +46,8 @@ class TokenReduction(Technique):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     proportional: ClassVar[bool] = True
     """Later attention knows how many patches a token stands for."""
+    drawn: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values of its own settings that a search draws from, besides schedules."""
 
     r: Any = None
 
@@ -75,10 +74,10 @@ class TokenReduction(Technique):
     def default(self, patches: Patches, depth: int) -> dict[int, int]:
         """The schedule without one."""
 
-    def space(self) -> type[Space]:
-        from martlet.recipe_search.tokens import Tokens
+    def space(self) -> Choices | None:
+        from martlet.recipe_search.tokens import Tokens as Schedules
 
-        return Tokens
+        return Choices(settings=self.drawn, front=Schedules)
 
     def check(self, model: Model) -> None:
         self._plan(model, view(model.module))

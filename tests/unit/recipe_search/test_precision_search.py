@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from martlet import engine
 from martlet.core.errors import UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
+from martlet.core.technique import silent
+from martlet.data import open_images
+from martlet.data.calibration import Calibration
 from martlet.data.preprocess import Preprocess
 from martlet.engine.base import Op
-from martlet.recipe_search import precision, search
 from martlet.recipe_search.precision import Precision, Times, unit_times
-from martlet.recipe_search.space import Budget, First, Loss
+from martlet.recipe_search.record import Record
+from martlet.recipe_search.space import First, Loss
 from martlet.source import load_model
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -47,7 +51,6 @@ def times() -> Times:
 def test_three_models_tell_all_latencies(left: tuple[int, ...]) -> None:
     assert times().latency_ms(left) == pytest.approx(call_ms(set(left)))
     assert times()._replace(scale=1.0).latency_ms((3,)) != pytest.approx(call_ms({3}))
-    assert times().latency_ms(None) == pytest.approx(call_ms(set(range(UNITS))))
 
 
 def test_where_floating_point_is_as_fast_the_clock_is_the_operations() -> None:
@@ -70,7 +73,6 @@ def test_the_choice_is_the_best_of_all(extra: float) -> None:
 
     within = [c for c in every_choice() if table.latency_ms(c) <= budget + 1e-9]
     assert len(within) < 2**UNITS
-    assert found is not None
     assert table.latency_ms(found) <= budget + 1e-6
     assert left(found) == pytest.approx(min(map(left, within)))
     assert 4 in found  # it is faster so
@@ -98,15 +100,6 @@ def test_an_operation_that_runs_several_layers_shares_its_time() -> None:
         Op(name="elsewhere", kind="MatMul", precision="f32", macs=7, microseconds=9.0),
     ]
     assert unit_times(ops, units) == [4.0, 4.0, 2.5, 1.0]
-
-
-def test_budgets_say_what_is_within_and_what_is_better() -> None:
-    slow, fast = ({"latency_ms": ms, "kl": kl, "drop_pct": drop} for ms, kl, drop in ((9.0, 0.1, 0.2), (8.0, 0.3, 0.6)))
-    drop, ms = Budget.of(0.6, None), Budget.of(None, 8.0)
-    assert [drop.keeps(slow), drop.keeps(fast), ms.keeps(slow), ms.keeps(fast)] == [True, True, False, True]
-    assert Budget.of(0.5, None).keeps(fast) is False
-    assert drop.price(fast) < drop.price(slow)
-    assert ms.price(slow) < ms.price(fast)
 
 
 @pytest.mark.parametrize(("n", "skipped", "sizes"), [(5, 0, [3, 2]), (4, 4, [2, 2]), (9, 6, [2]), (3, 0, [3])])
@@ -153,16 +146,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         us = [[float_us(i) if i in its else INT8_US for i in places] for its in floats]
         return [call_ms(its) for its in floats], us
 
-    def loss(self, one):
-        """In PyTorch; the engine is asked in the end-to-end test."""
-        with torch.inference_mode():
-            pairs = [(self.source.module(x).numpy(), one.module(x).numpy()) for x in self.pool]
-        return Loss.of(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
-
     monkeypatch.setattr(Precision, "clock", clock)
-    monkeypatch.setattr(Precision, "_loss", loss)
-    monkeypatch.setattr(precision, "TRIES", 2)
-    monkeypatch.setattr(Precision, "times", lambda self, models: {n: call_ms(left(m)) for n, m in models.items()})
     return timed
 
 
@@ -182,83 +166,67 @@ PLAIN = "shift: false, smooth: false, split: false, bias_correction: false, rang
 """Quick: the search doesn't depend on how int8 rounds."""
 
 
-def run(out: Path, left: str = "", **kwargs: object):
-    path = out.with_name("mine.yaml")
-    path.write_text(f"martlet: 1\npasses:\n  - fuse\n  - int8: {{{PLAIN}{left}}}\n  - bf16: {{required: false}}")
-    settings = {"recipe": str(path), "num_images": 12, "num_calib": 4, "max_drop": 100.0, "overwrite": False} | kwargs
-    return search(model(), images=images(), out=out, **settings)  # type: ignore[arg-type]
+def space(path: Path, left: str = "", one: Model | None = None) -> Precision:
+    """All that is known of choices of layers after timing and judging."""
+    recipe = Recipe.from_yaml(
+        f"martlet: 1\npasses:\n  - fuse\n  - int8: {{{PLAIN}{left}}}\n  - bf16: {{required: false}}"
+    )
+    source = one or model()
+    pool = Calibration(open_images(images()), source.preprocess, n=12)
+    data = json.loads(path.read_text()) if path.exists() else {}
+    target = engine.get("openvino")
+    found = Precision(source, recipe, 1, target, pool, First(pool, 4), 1, 0, silent, Record(path, data))
+    found.time()
+    found.judge()
+    return found
 
 
-def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, clock: list) -> None:
-    out = tmp_path / "found.yaml"
-    most = call_ms(set()) + 0.1
-    found = run(out, max_drop=None, max_ms=most)
-    assert Recipe.load(str(out)) == found.recipe
-    names = found.recipe.passes[1].settings()["float_layers"]
-    left = {place(name) for name in names}
-    assert 4 in left
-    assert found.latency_ms == pytest.approx(call_ms(left))
-    assert found.latency_ms <= most
-    assert [t.name for t in found.recipe.passes] == ["fuse", "int8", "bf16"]
-    record = json.loads(out.with_suffix(".json").read_text())
-    assert record["units"][2] == ["blocks.0.attn.scores", "blocks.0.attn.values"]
-    assert len(record["errors"]) == len(record["units"]) == UNITS
-    assert all(error > 0 for error in record["errors"])
-    losses, measured = record["losses"], record["measured"]
-    assert sum(record["errors"]) == pytest.approx(measured[""]["kl"], rel=0.5)
-    assert losses[", ".join(names)]["kl"] == pytest.approx(measured[", ".join(names)]["kl"], rel=0.1)
-    assert min(loss["kl"] for loss in losses.values()) < max(loss["kl"] for loss in losses.values()) / 5
-    assert measured[", ".join(names)]["kl"] == min(e["kl"] for e in measured.values() if e["latency_ms"] <= most)
-    assert measured["*"]["kl"] < measured[""]["kl"]
-    assert found.references == {"with all in int8": measured[""], "with nothing in int8": measured["*"]}
-    assert "with all in int8 3.2 ms" in out.read_text()
+def test_a_front_is_measured_once_and_goes_on_where_it_stopped(tmp_path: Path, clock: list) -> None:
+    path = tmp_path / "int8.json"
+    found = space(path)
+    assert len(clock) == 3
+    front = found.front()
+    assert [found.latency_ms(c) for c in front] == sorted(found.latency_ms(c) for c in front)
+    assert [found.latency_ms(c) for c in front] == pytest.approx([call_ms(set(c)) for c in front])
+    losses = [found.losses[found.text(c)].kl for c in front]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 5
+    assert all(4 in c for c in front)  # it is faster so
+    assert found.record.data["units"][2] == ["blocks.0.attn.scores", "blocks.0.attn.values"]
+    assert len(found.errors) == len(found.units) == UNITS
+    assert all(error > 0 for error in found.errors)
+    assert sum(found.errors) - found.errors[4] == pytest.approx(found.losses[found.text((4,))].kl, rel=0.5)
+    recipe = found.candidate(front[1])
+    assert [t.name for t in recipe.passes] == ["fuse", "int8", "bf16"]
+    assert {place(name) for name in recipe.passes[1].settings()["float_layers"]} == set(front[1])
     clock.clear()
-    assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
+    data = json.loads(path.read_text())
+    assert space(path).front() == front
     assert clock == []  # nothing is measured twice
-    errors = record.pop("errors")
-    losses.popitem()
-    measured.popitem()
-    out.with_suffix(".json").write_text(json.dumps(record))
-    assert run(out, max_drop=None, max_ms=most).recipe == found.recipe
-    assert len(clock) == 1
-    assert json.loads(out.with_suffix(".json").read_text())["errors"] == pytest.approx(errors)
+    errors = data.pop("errors")
+    data["losses"].popitem()
+    path.write_text(json.dumps(data))
+    assert space(path).front() == front
+    assert json.loads(path.read_text())["errors"] == pytest.approx(errors)
 
 
-def test_the_fastest_within_a_drop(tmp_path: Path, clock: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What loses is told by KL here, for so few images a drop has steps."""
-    monkeypatch.setattr(Loss, "of", classmethod(lambda cls, a, b: cls(kl := _kl(a, b), 1e6 * kl)))
-    record = tmp_path / "found.json"
-    run(tmp_path / "found.yaml")
-    ends = [json.loads(record.read_text())["measured"][text]["drop_pct"] for text in ("", "*")]
-    most = (ends[0] + 2 * ends[1]) / 3
-    found = run(tmp_path / "found.yaml", max_drop=most)
-    measured = json.loads(record.read_text())["measured"]
-    kept = [e["latency_ms"] for text, e in measured.items() if e["drop_pct"] <= most and text != "*"]
-    assert found.latency_ms == min(kept)
-    assert found.drop_pct <= most < ends[0]
-    assert call_ms(set()) < found.latency_ms < call_ms(set(range(UNITS)))
-    with pytest.raises(UsageError, match="no choice of layers that was compressed keeps a drop of 0 points") as caught:
-        run(tmp_path / "found.yaml", max_drop=0.0)
-    assert "everything in floating point: 4.20 ms" in str(caught.value)
-
-
-def _kl(reference: np.ndarray, logits: np.ndarray) -> float:
-    from martlet.measure.fidelity import fidelity
-
-    return fidelity(reference, logits)["kl_mean"]
-
-
-def test_a_time_that_even_int8_needs_more_than(tmp_path: Path, clock: list) -> None:
-    with pytest.raises(UsageError, match=r"keeps 0\.1 ms \(nothing in floating point: 3\.20 ms, .*; allow more"):
-        run(tmp_path / "c.yaml", max_drop=None, max_ms=0.1)
-    assert not (tmp_path / "c.yaml").exists()
+def test_what_a_choice_loses_is_what_its_model_loses(tmp_path: Path, clock: list) -> None:
+    found = space(tmp_path / "int8.json")
+    chosen = found.front()[-1]
+    rounded = found.compressed(chosen, found.calibration)
+    judged = First(found.pool, 64)
+    with torch.inference_mode():
+        pairs = [(found.source.module(x).numpy(), rounded.module(x).numpy()) for x in judged]
+    loss = Loss.of(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+    assert found.losses[found.text(chosen)].kl == pytest.approx(loss.kl, rel=0.1)
+    assert found.losses[found.text((4,))].kl != pytest.approx(loss.kl, rel=0.1)
 
 
 def test_layers_that_the_recipe_leaves_stay_and_are_no_choice(tmp_path: Path, clock: list) -> None:
-    found = run(tmp_path / "found.yaml", ", float_layers: [blocks.0, head]", max_drop=None, max_ms=3.85)
-    units = [name for unit in json.loads((tmp_path / "found.json").read_text())["units"] for name in unit]
+    found = space(tmp_path / "int8.json", ", float_layers: [blocks.0, head]")
+    units = [name for unit in found.units for name in unit]
     assert not [name for name in units if name.startswith("blocks.0") or name == "head"]
-    settings = found.recipe.passes[1].settings()
+    settings = found.candidate(found.front()[-1]).passes[1].settings()
     assert settings["float_layers"][:2] == ("blocks.0", "head")
     assert settings["smooth"] is False
 
@@ -267,4 +235,4 @@ def test_one_layer_leaves_nothing_to_choose(tmp_path: Path, clock: list) -> None
     module = nn.Sequential(nn.Conv2d(3, 10, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     one = Model(name="one", module=module.eval(), preprocess=Preprocess(size=(32, 32)), num_classes=10, origin={})
     with pytest.raises(UsageError, match="int8 rounds one layer of one, so there is nothing to choose"):
-        search(one, images=images(), out=tmp_path / "a.yaml", recipe="int8", max_ms=1.0, num_calib=4)
+        space(tmp_path / "one.json", one=one)

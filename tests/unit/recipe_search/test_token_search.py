@@ -6,13 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from martlet.core.errors import ArtifactError, RecipeError, UsageError
+from martlet import engine
+from martlet.core import pipeline
+from martlet.core.errors import UsageError
 from martlet.core.recipe import Recipe
-from martlet.recipe_search import expected_drop_pct, search
+from martlet.core.technique import Context, silent
+from martlet.data import open_images
+from martlet.data.calibration import Calibration
+from martlet.recipe_search.record import Record
+from martlet.recipe_search.space import First, Loss, expected_drop_pct
 from martlet.recipe_search.tokens import Table, Tokens
 from martlet.source import load_model
+from martlet.techniques.tokens.readout import Readout
 from martlet.vit.tokens import Taken
 
 DEPTH = 6
@@ -103,64 +109,54 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return timed
 
 
-def run(out: Path, **kwargs: object):
-    settings = {"recipe": "tps", "num_images": 12, "num_calib": 4, "max_drop": 100.0} | kwargs
-    return search(model(), images=images(), out=out, **settings)  # type: ignore[arg-type]
+def space(path: Path, technique: str = "tps", n: int = 12) -> Tokens:
+    """All that is known of schedules after timing and judging."""
+    source, target = model(), engine.get("openvino")
+    pool = Calibration(open_images(images()), source.preprocess, n=n)
+    data = json.loads(path.read_text()) if path.exists() else {}
+    recipe = Recipe.load(technique)
+    found = Tokens(source, recipe, 0, target, pool, First(pool, 4), 1, 0, silent, Record(path, data))
+    found.time()
+    found.judge()
+    return found
 
 
-def test_a_search_ends_in_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path, clock: list[str]) -> None:
-    out = tmp_path / "found.yaml"
-    found = run(out)
-    assert Recipe.load(str(out)) == found.recipe
-    [technique] = found.recipe.passes
-    schedule = technique.settings()["r"]
-    assert found.latency_ms == pytest.approx(latency(schedule, depth=4))
-    record = json.loads(out.with_suffix(".json").read_text())
-    fastest = min(record["losses"], key=lambda key: latency(yaml.safe_load(f"{{{key}}}"), depth=4))
-    assert schedule == yaml.safe_load(f"{{{fastest}}}")  # any loss is allowed
-    assert any(len(yaml.safe_load(f"{{{key}}}")) > 1 for key in record["losses"])
+def test_a_front_is_measured_once(tmp_path: Path, clock: list[str]) -> None:
+    path = tmp_path / "tps.json"
+    found = space(path)
+    assert len(clock) == 6
+    front = found.front()
+    assert [found.latency_ms(s) for s in front] == sorted(found.latency_ms(s) for s in front)
+    for schedule in front:
+        assert found.latency_ms(schedule) == pytest.approx(latency(dict(schedule), depth=4))
+    every = {s: loss.kl for s, loss in found.losses.items()}
+    beaten = [s for s in every if any(every[o] < every[s] and found.latency_ms(o) < found.latency_ms(s) for o in every)]
+    assert beaten
+    assert set(front).isdisjoint(beaten)
+    assert any(len(s) > 1 for s in every)
+    [technique] = found.candidate(front[0]).passes
+    assert technique.settings()["r"] == dict(front[0])
+    assert found.candidate(()).passes == (Readout(),)
     clock.clear()
-    again = run(out)
-    assert again.recipe == found.recipe
-    assert clock == []  # nothing is measured twice
-    record["measured"].popitem()
-    out.with_suffix(".json").write_text(json.dumps(record))
-    assert run(out).recipe == found.recipe
-    assert len(clock) == 1
+    assert space(path).front() == front
+    assert clock == []
+
+
+def test_a_loss_is_that_of_the_model_that_reduces(tmp_path: Path, clock: list[str]) -> None:
+    found = space(tmp_path / "tps.json")
+    schedule = found.front()[0]
+    reduced = pipeline.run(found.source, found.candidate(schedule), Context())
+    with torch.inference_mode():
+        pairs = [(found.source.module(x).numpy(), reduced.module(x).numpy()) for x in found.pool]
+    loss = Loss.of(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
+    assert found.losses[schedule].kl == pytest.approx(loss.kl, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_the_budgets(tmp_path: Path, clock: list[str]) -> None:
-    slow = run(tmp_path / "a.yaml", max_drop=None, max_ms=0.97 * latency({}, depth=4))
-    fast = run(tmp_path / "b.yaml", max_drop=None, max_ms=0.9 * latency({}, depth=4))
-    assert fast.latency_ms < slow.latency_ms <= 0.97 * latency({}, depth=4)
-    with pytest.raises(UsageError, match=r"no schedule that was compressed keeps 0\.1 ms \(.*\); allow more"):
-        run(tmp_path / "c.yaml", max_drop=None, max_ms=0.1)
-    assert not (tmp_path / "c.yaml").exists()
-
-
-def test_bad_use(tmp_path: Path) -> None:
-    out = tmp_path / "found.yaml"
-    for budgets in ({"max_drop": None}, {"max_drop": 1.0, "max_ms": 2.0}):
-        with pytest.raises(UsageError, match="needs one budget"):
-            run(out, **budgets)
-    with pytest.raises(UsageError, match=r"must end in \.yaml, not 'found'"):
-        run(tmp_path / "found")
-    with pytest.raises(RecipeError, match=r"such as tokens-int8 or int8; fuse \| bf16.* has nothing"):
-        run(out, recipe="bf16")
-    out.write_text("mine")
-    with pytest.raises(UsageError, match="exists; add --overwrite"):
-        run(out)
-    out.unlink()
-    out.with_suffix(".json").write_text("[]")
-    with pytest.raises(ArtifactError, match="is no record of a search"):
-        run(out)
-    out.with_suffix(".json").write_text(json.dumps({"martlet_search": 1, "job": {}}))
-    with pytest.raises(UsageError, match="is of a search with another model"):
-        run(out)
-
-
-@pytest.mark.slow
-def test_an_engine_that_simulates_has_no_times(tmp_path: Path) -> None:
+def test_an_engine_that_simulates_has_no_times() -> None:
+    source = model()
+    pool = Calibration(open_images(images()), source.preprocess, n=4)
+    recipe, target = Recipe.load("tokens-int8"), engine.get("torch")
+    found = Tokens(source, recipe, 1, target, pool, pool, 1, 0, silent, Record(Path("unused.json"), {}))
     with pytest.raises(UsageError, match="torch only simulates this recipe"):
-        run(tmp_path / "found.yaml", engine="torch", recipe="tokens-int8")
+        found.time()

@@ -13,7 +13,7 @@ from torch import nn
 from martlet.core.errors import ArtifactError, NumericsError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 
 METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 """How modules offer to rewrite themselves for inference; `fuse` returns what takes the module's place."""
@@ -46,6 +46,9 @@ class Fuse(Technique):
     paper: ClassVar[str] = "Ding et al., RepVGG: Making VGG-style ConvNets Great Again, 2021, arXiv 2101.03697"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.UNFUSED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.UNFUSED})
+
+    def space(self) -> Choices:
+        return Choices(always=True)
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         images = torch.randn(1, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(context.seed))

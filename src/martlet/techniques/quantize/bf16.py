@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from martlet.core.errors import UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,9 @@ class BF16(Technique):
                 f"bf16: on this machine the engine computes fast in {' and '.join(context.precisions)} only; leave "
                 f"bf16 out, or write `bf16: {{required: false}}` in a recipe to go on in f32"
             )
+
+    def space(self) -> Choices:
+        return Choices()
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         self.check_engine(context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from martlet.core.errors import RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Batches, Context, Int8Form, Stage, Technique
+from martlet.core.technique import Batches, Choices, Context, Int8Form, Stage, Technique
 from martlet.functional.affine import affine_parameters
 from martlet.functional.ranges import Histogram, candidates, first_order_error
 from martlet.graph import attention, layout, rounding, shifting, smoothing, splitting
@@ -22,9 +22,6 @@ from martlet.graph.observe import observe, observe_calls, observe_gradients
 from martlet.graph.rounding import Edge, Grid, Rounding
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites, source, within
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
-
-if TYPE_CHECKING:
-    from martlet.recipe_search.space import Space
 
 RANGES = ("logits", "mse", "percentile", "minmax")
 U8, S8 = Grid("u8", False), Grid("s8", True)
@@ -103,10 +100,10 @@ class Int8(Technique):
         if self.float_layers and not any(map(self.rounds, found)):
             raise RecipeError("int8: float_layers leaves nothing to quantize; name fewer, or leave int8 out")
 
-    def space(self) -> type[Space]:
+    def space(self) -> Choices:
         from martlet.recipe_search.precision import Precision
 
-        return Precision
+        return Choices(settings={"ranges": ("logits", "mse"), "smooth": (True, False)}, front=Precision)
 
     def rounds(self, site: Site) -> bool:
         """Whether a multiplication is rounded, or stays in floating point."""

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from martlet.core.errors import NumericsError, RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.functional.formats import FLOAT8, TABLES, IntegerGrid, TableGrid, fitting_group_size, table
 from martlet.functional.gptq import round_to_nearest
 from martlet.graph import rounding
@@ -71,6 +71,9 @@ class WeightOnly(Technique):
             raise RecipeError(f"weight_only: no format {self.format!r}{nearest(self.format, FORMATS)} (known: {known})")
         if self.group_size < 0:
             raise RecipeError(f"weight_only: group_size is {self.group_size}; it can be 0, for a scale a row, or more")
+
+    def space(self) -> Choices:
+        return Choices(settings={"format": ("int8", "int4")})
 
     def check(self, model: Model) -> None:
         graph_module = model.module

@@ -40,6 +40,9 @@ class EViT(TokenReduction):
     paper: ClassVar[str] = "Liang et al., Not All Patches Are What You Need (EViT), 2022, arXiv 2202.07800"
     proportional: ClassVar[bool] = False
 
+    def space(self) -> None:
+        """Nothing: without training, others lose several times less."""
+
     def asks_class_token(self) -> bool:
         return True
 

@@ -72,6 +72,9 @@ class IARED2(TokenReduction):
         if self.steps < 0:
             raise RecipeError(f"ia_red2: steps is {self.steps}; it can be 0 or more")
 
+    def space(self) -> None:
+        """Nothing: without training, others lose several times less."""
+
     def asks_class_token(self) -> bool:
         return True
 

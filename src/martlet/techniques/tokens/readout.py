@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.vit.tokens import TokenRun, check_global, install_, patches_of, reading, run_from_parts_
 from martlet.vit.view import view
 
@@ -36,6 +36,9 @@ class Readout(Technique):
     paper: ClassVar[str] = "Touvron et al., Going Deeper with Image Transformers, 2021, arXiv 2103.17239"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
+
+    def space(self) -> Choices:
+        return Choices()
 
     def check(self, model: Model) -> None:
         check_global(view(model.module), self.name)

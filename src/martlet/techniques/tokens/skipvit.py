@@ -51,6 +51,9 @@ class SkipViT(TokenReduction):
         if self.back is not None and (not isinstance(self.back, int) or isinstance(self.back, bool) or self.back < 1):
             raise RecipeError(f"skipvit: back is {self.back!r}; it can be the number of a block, counted from 0")
 
+    def space(self) -> None:
+        """Nothing: without training, others lose several times less."""
+
     def asks_class_token(self) -> bool:
         return True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.functional.tokens import bipartite_soft_matching, pick
@@ -48,6 +49,7 @@ class ToMe(TokenReduction):
     name: ClassVar[str] = "tome"
     summary: ClassVar[str] = "merge tokens that are alike"
     paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, 2023, arXiv 2210.09461"
+    drawn: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partition": ("2x2",), "informativeness": (0.3, 0.0)}
 
     partition: str = "alternating"
     informativeness: float = 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.functional.tokens import bipartite_soft_matching, pick
@@ -45,6 +46,7 @@ class Turbo(TokenReduction):
     name: ClassVar[str] = "turbo"
     summary: ClassVar[str] = "merge tokens that are redundant and of little semantic value"
     paper: ClassVar[str] = "Ju et al., Turbo: Informativity-Driven Acceleration Plug-In, 2024, arXiv 2407.11717"
+    drawn: ClassVar[Mapping[str, tuple[Any, ...]]] = {"alpha": (100.0, 10.0)}
 
     alpha: float = 100.0
 

@@ -1,0 +1,384 @@
+"""From a budget to the best artifact: recipes drawn, screened, measured on the engine, and proved on other images."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from martlet.core import pipeline, store
+from martlet.core.errors import MartletError
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Progress
+from martlet.recipe_search.folder import Folder
+from martlet.recipe_search.limits import Limits
+from martlet.recipe_search.measure import FLOAT, Measure
+from martlet.recipe_search.predict import Clock
+from martlet.recipe_search.recipes import Recipes, split, spread
+from martlet.recipe_search.record import Record
+from martlet.recipe_search.screen import Screen
+from martlet.recipe_search.space import First, front
+from martlet.recipe_search.study import Study, objectives
+
+if TYPE_CHECKING:
+    from martlet.core.store import Artifact
+    from martlet.data.calibration import Calibration
+    from martlet.data.images import Images
+
+FRONT = 12
+"""Values of a front that are drawn from."""
+FRONT_SHARE = 0.17
+"""Of the time, at most, in which one front is found; a technique whose isn't done by then is drawn without."""
+PROMOTED = 2
+"""Of a batch and all before it, how many are compressed for good and measured on the engine."""
+FINALISTS = 6
+"""Of the front, how many are measured on images that no search has seen; the winner is one of them."""
+IDLE = 4
+"""Batches without anything new, after which the space counts as known."""
+PROOF_SECONDS = 60.0
+"""Taken for the report of the winner, before it is known."""
+
+
+class OutOfTime(Exception):
+    """Raised by a progress, to leave work that takes too long."""
+
+
+@dataclass
+class Journey:
+    """One search, step by step; every step skips what the folder has on record.
+
+    held_out: images that nothing else sees. minutes, candidates: what ends it, whichever is first; None is no end.
+    evaluate: screens recipes given as YAML, and gives for each its place and its values, or why there are none.
+    """
+
+    folder: Folder
+    limits: Limits
+    recipes: Recipes
+    study: Study
+    screen: Screen
+    measure: Measure
+    held_out: Images
+    calibration: Calibration
+    minutes: float | None
+    candidates: int | None
+    peers: Mapping[str, Path]
+    evaluate: Callable[[Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+    progress: Progress
+    command: str | None
+    noted: Callable[[Journey], object]
+    """Called when something new is on record."""
+    started: float = field(default_factory=time.monotonic)
+
+    # ---- time
+
+    def __post_init__(self) -> None:
+        self._before = (self.folder.get("state", "time") or {}).get("seconds", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, earlier runs included."""
+        return self._before + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the winner's proof has to begin."""
+        if self.minutes is None:
+            return float("inf")
+        n = len(self.references) + FINALISTS + len(self.peers)
+        ms = max((entry["latency_ms"] for entry in self.measured.values()), default=0.0)
+        proof = PROOF_SECONDS + n * 8 + (n + 2) * len(self.held_out) * ms / 1000
+        return 60 * self.minutes - min(proof, 0.5 * 60 * self.minutes) - self.seconds
+
+    def note(self) -> None:
+        self.folder.put("state", "time", {"seconds": round(self.seconds, 1)})
+        self.noted(self)
+
+    # ---- what is known
+
+    @cached_property
+    def references(self) -> dict[str, Recipe]:
+        """What everybody could have without a search, by what is said of it; the untouched model first."""
+        from martlet.core import registry
+
+        known = {"untouched": FLOAT}
+        if "bf16" in self.measure.engine.alternatives():
+            known["untouched, in bf16"] = Recipe((registry.technique("bf16")(),))
+        known["int8"] = Recipe.load("int8")
+        return {said: recipe for said, recipe in known.items() if self._possible(recipe)}
+
+    @property
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """By digest, what the engine made of recipes."""
+        return dict(self.folder.all("measured"))
+
+    def screened(self) -> dict[str, dict[str, Any]]:
+        """By digest, what screening says of drawn recipes, with `recipe` and the predicted `latency_ms`."""
+        clock, found = self.clock(), {}
+        for number, recipe in self.study.drawn():
+            entry = self._screened(recipe)
+            if entry is not None and "why" not in entry:
+                found[recipe.digest()] = {"trial": number, "recipe": recipe.to_yaml(), **self._predicted(entry, clock)}
+        return found
+
+    def lost(self) -> list[dict[str, Any]]:
+        """Draws of which nothing came, and why."""
+        entries = ((number, self._screened(recipe)) for number, recipe in self.study.drawn())
+        return [
+            {"id": number, "why": entry["why"], "seconds": entry["seconds"]}
+            for number, entry in entries
+            if entry is not None and "why" in entry
+        ]
+
+    def clock(self) -> Clock:
+        return Clock((entry, entry["latency_ms"]) for entry in self.measured.values())
+
+    def candidates_measured(self) -> list[dict[str, Any]]:
+        """What a winner can be: all that was measured but the untouched model."""
+        return [entry for digest, entry in self.measured.items() if digest != FLOAT.digest()]
+
+    # ---- the steps
+
+    def run(self) -> None:
+        """All of them.
+
+        Raises:
+            MartletError: the references can't be measured.
+        """
+        self._measure(list(self.references.values()))
+        self.find_fronts()
+        self.search()
+        self.finish()
+
+    def find_fronts(self) -> None:
+        """What techniques have to be measured for before their settings can be drawn."""
+        for name, part in self.recipes.parts.items():
+            kind = part.choices.front
+            if kind is None:
+                continue
+            stands_for_all = kind.basis if kind.basis in self.recipes.parts else None
+            first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
+            if (front := self._front(stands_for_all or first)) is not None:
+                self.recipes.fronts[name] = front
+
+    def search(self) -> None:
+        """Batches are drawn, screened and told; after each, the most promising are measured on the engine."""
+        idle = 0
+        while self.left > 0 and idle < IDLE:
+            done = self.study.finished()
+            if done and self.folder.get("rounds", str(done - 1)) is None:
+                self.promote(done - 1)
+            if self.candidates is not None and sum(1 for _ in self.study.drawn()) >= self.candidates:
+                break
+            batch = self.study.batch()
+            fresh = self._screen([recipe for _, recipe in batch if recipe is not None])
+            if fresh is None:
+                break
+            idle = 0 if fresh else idle + 1
+            clock = self.clock()
+            for number, recipe in batch:
+                entry = None if recipe is None else self._screened(recipe)
+                if entry is None or "why" in entry:
+                    self.study.tell(number, None)
+                    continue
+                values = self._predicted(entry, clock)
+                self.study.tell(number, objectives(values, self.limits.size_mb is not None), self.limits.over(values))
+            self.note()
+        done = self.study.finished()
+        if done and self.left > 0 and self.folder.get("rounds", str(done - 1)) is None:
+            self.promote(done - 1)
+
+    def promote(self, number: int) -> None:
+        """Measures the most promising that aren't yet: the best by prediction, and where the front is least known."""
+        screened = self.screened()
+        fresh = [entry for digest, entry in screened.items() if digest not in self.measured]
+        chosen = promising(fresh, list(self.measured.values()), self.limits, PROMOTED)
+        self._measure([Recipe.from_yaml(entry["recipe"]) for entry in chosen])
+        self.folder.put("rounds", str(number), {"promoted": [entry["recipe"] for entry in chosen]})
+        self.note()
+
+    def chosen(self) -> dict[str, Any]:
+        """The best that was measured within the limits, else the nearest to them."""
+        points = self.candidates_measured()
+        return self.limits.best(points) or self.limits.nearest(points)
+
+    def finalists(self) -> dict[str, Recipe]:
+        """By digest, what is measured on held-out images: the references, the winner, and more of the front."""
+        points = self.candidates_measured()
+        best = front(points, lambda v: v["latency_ms"], lambda v: v["kl"])
+        wanted = [self.chosen(), *spread((p for p in best if p is not self.chosen()), FINALISTS - 1)]
+        recipes = [*self.references.values(), *(Recipe.from_yaml(point["recipe"]) for point in wanted)]
+        return {recipe.digest(): recipe for recipe in recipes if recipe.digest() in self.measured}
+
+    def final(self) -> dict[str, dict[str, Any]]:
+        """By digest, what the finalists are on held-out images; empty until they are measured."""
+        return self.folder.get("final", self._final_key) or {}
+
+    def finish(self) -> Artifact:
+        """The finalists on images that no search has seen, and the winner as an artifact with a report."""
+        if not self.final():
+            found = self.measure.final(self.finalists(), self.peers, self.held_out)
+            self.folder.put("final", self._final_key, found)
+        recipe = Recipe.from_yaml(self.chosen()["recipe"])
+        state = {"recipe": recipe.to_yaml(), "proved": True}
+        if self.folder.get("state", "winner") != state:
+            self._prove(recipe)
+            self.folder.put("state", "winner", state)
+        self.note()
+        return store.load(self.folder.winner)
+
+    # ---- inside
+
+    @property
+    def _final_key(self) -> str:
+        text = "\n".join([*self.finalists(), *(f"{name}={path}" for name, path in self.peers.items())])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _possible(self, recipe: Recipe) -> bool:
+        try:
+            recipe.facts(self.measure.source.facts)
+            self.measure.files(recipe)
+        except MartletError:
+            return False
+        return True
+
+    def _screened(self, recipe: Recipe) -> dict[str, Any] | None:
+        entry = self.folder.get("screened", split(recipe)[0].digest())
+        return None if entry is None else {**entry, "precision": self.measure.precision(recipe)}
+
+    def _predicted(self, entry: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        per_weight = self.measured[FLOAT.digest()]["file_bytes"] / self._float_weight_bytes
+        return {
+            **entry,
+            "latency_ms": clock.latency_ms(entry),
+            "file_bytes": round(entry["weight_bytes"] * per_weight),
+        }
+
+    @cached_property
+    def _float_weight_bytes(self) -> int:
+        from martlet.measure import size
+
+        return size.weight_bytes(self.measure.source.module)
+
+    def _front(self, name: str) -> list[dict[str, Any]] | None:
+        """Settings of a technique on the front of its space; None if there was no time, or the model can't take it."""
+        recipe = self.recipes.plain(name, "int8", "bf16")
+        position = next(i for i, technique in enumerate(recipe.passes) if technique.name == name)
+        kind = self.recipes.parts[name].choices.front
+        path = self.folder.path / "fronts" / f"{name}.json"
+        assert kind is not None
+        record = Record(path, self.folder.get("fronts", name) or {})
+        if "why" in record.data:
+            return None
+        m, until = self.measure, self.seconds + FRONT_SHARE * 60 * (self.minutes or float("inf")) / 2
+
+        def progress(what: str, done: int, total: int) -> None:
+            if self.seconds > until:
+                raise OutOfTime
+            self.progress(what, done, total)
+
+        try:
+            space = kind(
+                m.source, recipe, position, m.engine, First(m.pool, 64), self.screen.calibration, m.threads, m.seed,
+                progress, record,
+            )  # fmt: skip
+            space.time()
+            space.judge()
+        except (MartletError, OutOfTime) as error:
+            record.data["why"] = str(error) or "no time was left"
+            record.save()
+            return None
+        own, found = recipe.passes[position], []
+        for chosen in spread(space.front(), FRONT):
+            passes = space.candidate(chosen).passes
+            technique = passes[position] if position < len(passes) else None
+            if technique is not None and technique.name == own.name:
+                found.append({k: v for k, v in vars(technique).items() if v != getattr(own, k)})
+        return found or None
+
+    def _screen(self, recipes: Sequence[Recipe]) -> int | None:
+        """Screens those that aren't yet. How many those were; None if time ran out before all were done."""
+        wanted = {r.digest(): r for r in (split(recipe)[0] for recipe in recipes)}
+        wanted = {d: r for d, r in wanted.items() if self.folder.get("screened", d) is None}
+        digests = list(wanted)
+        for i, entry in self.evaluate([recipe.to_yaml() for recipe in wanted.values()]):
+            self.folder.put("screened", digests[i], entry)
+            self.note()
+            if self.left <= 0:
+                return None
+        return len(wanted)
+
+    def _measure(self, recipes: Sequence[Recipe]) -> None:
+        """On the engine, those that aren't yet, in one run with the references; and makes the best the winner."""
+        measured = self.measured
+        fresh = []
+        for recipe in recipes:
+            if recipe.digest() in measured:
+                continue
+            try:
+                self.measure.files(recipe)
+            except MartletError as error:
+                self.folder.put("screened", split(recipe)[0].digest(), {"why": str(error), "seconds": 0.0})
+                continue
+            fresh.append(recipe)
+        if fresh:
+            found = self.measure.measure([*self.references.values(), *fresh])
+            for digest, entry in found.items():
+                if digest not in measured:
+                    self.folder.put("measured", digest, entry)
+        if self.candidates_measured():
+            recipe = self.chosen()["recipe"]
+            if (self.folder.get("state", "winner") or {}).get("recipe") != recipe:
+                with store.writing(self.folder.winner, overwrite=True) as folder:
+                    self.measure.artifact(Recipe.from_yaml(recipe), folder)
+                self.folder.put("state", "winner", {"recipe": recipe, "proved": False})
+        self.note()
+
+    def _prove(self, recipe: Recipe) -> None:
+        """Writes the winner with its report, measured against the untouched model on held-out images."""
+        from martlet.job import prove
+        from martlet.proof import Clock as Stages
+        from martlet.proof import Duel
+
+        m, plain = self.measure, self.measure.files(FLOAT)
+        compressed = m.model(recipe)
+        with store.writing(self.folder.winner, overwrite=True) as folder:
+            m.artifact(recipe, folder)
+            files, plain_files = (store.load(path).manifest["engine_files"] for path in (folder, plain))
+            graphs = {"baseline": pipeline.traced(m.source), "artifact": pipeline.traced(compressed)}
+            both = m.engine, m.source, compressed, graphs
+            duel = Duel(*both, plain, folder, plain_files, files, m.threads, m.seed, self.progress)
+            prove(duel, self.held_out, self.calibration, Stages(), self.limits.max_drop, self.command)
+
+
+def promising(
+    fresh: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]], limits: Limits, n: int
+) -> list[dict[str, Any]]:
+    """Of those not measured, at most n of the front of all: the best within the limits, then where the gap is widest.
+
+    Predictions and measurements stand beside each other as they are.
+    """
+    ms, kl = (lambda v: v["latency_ms"]), (lambda v: v["kl"])
+    best = front([*fresh, *measured], ms, kl)
+    open_ = [entry for entry in best if any(entry is other for other in fresh)]
+    chosen: list[dict[str, Any]] = []
+    while open_ and len(chosen) < n:
+        kept = [entry for entry in open_ if limits.keeps(entry)]
+        if chosen:
+            pick = max(open_, key=lambda entry: _gap(entry, best))
+        else:
+            pick = min(kept, key=limits.price) if kept else limits.nearest(open_)
+        chosen.append(pick)
+        open_ = [entry for entry in open_ if entry is not pick]
+    return chosen
+
+
+def _gap(entry: dict[str, Any], best: Sequence[dict[str, Any]]) -> float:
+    """How much of the front's box this member alone dominates, a share of it."""
+    i = next(i for i, other in enumerate(best) if other is entry)
+    if i in (0, len(best) - 1):
+        return 1.0
+    return (best[i + 1]["latency_ms"] / entry["latency_ms"] - 1) * (best[i - 1]["kl"] - entry["kl"])

@@ -1,0 +1,147 @@
+"""The space of whole recipes: which techniques, in which order, with which settings.
+
+Each technique declares its own part (`Technique.space`). Which can stand together, and in what order, follows from
+facts: of two that each break what the other needs, a recipe has one at most.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from martlet.core import registry
+from martlet.core.errors import MartletError, RecipeError, UsageError
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Choices, Context, Stage, Technique
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+    from martlet.core.facts import Fact
+
+NOTHING = "none"
+STAGES = [*Stage]
+
+
+class Part(NamedTuple):
+    """A technique and what may be drawn for it."""
+
+    technique: Technique
+    choices: Choices
+
+
+@dataclass
+class Recipes:
+    """What candidates are drawn from.
+
+    parts: in an order that facts allow. groups: names of techniques of which a recipe has one at most.
+    fronts: by technique, settings found by measuring, of which each candidate gets one; the fastest first.
+    """
+
+    parts: dict[str, Part]
+    groups: list[tuple[str, ...]]
+    fronts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: frozenset[Fact], context: Context, only: Recipe | None = None) -> Recipes:
+        """All registered techniques that declare a part and that the model and the engine can take.
+
+        only: of these alone, with the settings given there but for those that can be drawn.
+
+        Raises:
+            UsageError: nothing can be drawn.
+        """
+        techniques = only.passes if only else [registry.technique(name)() for name in registry.entries()]
+        parts = {}
+        for technique in techniques:
+            choices = technique.space() or (Choices(always=True) if only else None)
+            if choices is None or not technique.requires <= facts:
+                continue
+            try:
+                technique.check_engine(context)
+            except MartletError:
+                continue
+            parts[technique.name] = Part(technique, choices)
+        ordered = {name: parts[name] for name in _order([part.technique for part in parts.values()])}
+        found = cls(ordered, _groups([part.technique for part in ordered.values()]))
+        if all(part.choices.always for part in ordered.values()):
+            raise UsageError(
+                f"a search needs something to choose, such as int8 or tokens; {only or 'this model'} has nothing"
+            )
+        return found
+
+    def draw(self, trial: BaseTrial) -> Recipe:
+        """One recipe, by a trial's suggestions; whether it is legal, `Recipe.facts` says."""
+        chosen: dict[str, Technique] = {}
+        for group in self.groups:
+            always = [name for name in group if self.parts[name].choices.always]
+            options = always if always else [NOTHING, *group]
+            name = options[0] if len(options) == 1 else trial.suggest_categorical("/".join(group), options)
+            if name != NOTHING:
+                chosen[name] = self._set(self.parts[name], trial)
+        return Recipe(tuple(chosen[name] for name in self.parts if name in chosen))
+
+    def _set(self, part: Part, trial: BaseTrial) -> Technique:
+        name, settings = part.technique.name, {}
+        for key, values in part.choices.settings.items():
+            texts = [json.dumps(value) for value in values]
+            text = texts[0] if len(texts) == 1 else trial.suggest_categorical(f"{name}.{key}", texts)
+            settings[key] = values[texts.index(text)]
+        if front := self.fronts.get(name):
+            i = 0 if len(front) == 1 else trial.suggest_int(f"{name} front", 0, len(front) - 1)
+            settings |= front[i]
+        return replace(part.technique, **settings)
+
+    def plain(self, *names: str) -> Recipe:
+        """Those techniques and what is always there, each with the settings of its class; in order."""
+        wanted = {*names} | {name for name, part in self.parts.items() if part.choices.always}
+        return Recipe(tuple(part.technique for name, part in self.parts.items() if name in wanted))
+
+
+def split(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """What makes the files, and what tells the engine how to run them."""
+    engine = tuple(t for t in recipe.passes if t.stage is Stage.ENGINE)
+    return Recipe(tuple(t for t in recipe.passes if t.stage is not Stage.ENGINE)), Recipe(engine)
+
+
+def _legal(*passes: Technique) -> bool:
+    try:
+        Recipe(passes).facts()
+    except RecipeError:
+        return False
+    return True
+
+
+def _order(techniques: Sequence[Technique]) -> list[str]:
+    """Names, so that each stands before what it needs to stand before; else by stage, then as they came."""
+    ranked = sorted(techniques, key=lambda t: STAGES.index(t.stage))
+    sorter = TopologicalSorter[str]({t.name: () for t in ranked})
+    for a in ranked:
+        for b in ranked:
+            if a is not b and _legal(a, b) and not _legal(b, a):
+                sorter.add(b.name, a.name)
+    return list(sorter.static_order())
+
+
+def _groups(techniques: Sequence[Technique]) -> list[tuple[str, ...]]:
+    """Techniques of which no two can stand together, in either order; greedily, as many in a group as fit."""
+    groups: list[list[Technique]] = []
+    for technique in techniques:
+        for group in groups:
+            if all(not _legal(a, technique) and not _legal(technique, a) for a in group):
+                group.append(technique)
+                break
+        else:
+            groups.append([technique])
+    return [tuple(t.name for t in group) for group in groups]
+
+
+def spread(values: Iterable[Any], n: int) -> list[Any]:
+    """At most n of them, evenly, the first and the last among them."""
+    found = list(values)
+    if len(found) <= n:
+        return found
+    return [found[round(i * (len(found) - 1) / (n - 1))] for i in range(n)]

@@ -1,0 +1,17 @@
+"""As `tpe`, held to the budget: what is past a limit counts as worse than all that keep it.
+
+For a budget that leaves little room, such as a latency near the least there is. The front is then explored inside the
+budget only.
+"""
+
+from __future__ import annotations
+
+from optuna.samplers import TPESampler
+
+from martlet.recipe_search.strategies import over
+from martlet.recipe_search.strategies.tpe import STARTUP
+
+
+def sampler(seed: int) -> TPESampler:
+    """Gardner et al., Bayesian Optimization with Inequality Constraints, 2014, for Parzen estimators."""
+    return TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=seed, constraints_func=over)
