@@ -19,7 +19,8 @@ def front(points: np.ndarray) -> np.ndarray:
     known = ~np.isnan(points).any(1)
     no_worse = (points[:, None] <= points[None]).all(2)  # (n, n): i against j
     better = (points[:, None] < points[None]).any(2)
-    return known & ~(no_worse & better & known[:, None]).any(0)
+    dominates = np.logical_and(np.logical_and(no_worse, better), known[:, None])
+    return np.logical_and(known, ~np.any(dominates, axis=0))
 
 
 def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:

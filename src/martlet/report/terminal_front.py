@@ -10,6 +10,7 @@ from martlet.report.charts import ticks
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
     from martlet.report.pareto import Axis, Document, Point
 
@@ -106,7 +107,7 @@ class Front:
             return WINNER
         return MARKS[point["kind"] if point["kind"] != "candidate" else "front" if point in self.front else "beaten"]
 
-    def _table(self) -> RenderResult:
+    def _table(self) -> Table:
         from rich import box
         from rich.table import Table
 
