@@ -17,18 +17,19 @@ from martlet.engine.torch import Torch
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
 from martlet.source import load_model
+from martlet.vit.pruning import Pruning
 from martlet.vit.tokens import TokenReduction
 
 NAMES = tuple(registry.entries())
 ALIKE = {
     name
     for name in NAMES
-    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction)
-    and name not in ("uniform", "adalog", "gptq", "tome")
+    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction | Pruning)
+    and name not in ("uniform", "adalog", "gptq", "tome", "magnitude")
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
-NEED_TOKENS = ("tokens",)
+NEED_TOKENS = ("tokens", "prune")
 """Families that say of a model without tokens that it isn't theirs."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""

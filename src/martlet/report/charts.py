@@ -91,11 +91,21 @@ class Segment:
 def axis(low: float, high: float, num: int = 5) -> Axis:
     """About `num` round steps that hold both ends and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
-    rough = (high - low) / num or 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
+    step = _step(low, high, num)
     first, last = math.floor(low / step + 1e-9), max(math.ceil(high / step - 1e-9), 1)
     return Axis(tuple(round(i * step, 12) for i in range(first, last + 1)))
+
+
+def ticks(low: float, high: float, num: int = 5) -> list[float]:
+    """About `num` round steps between two numbers, zero among them only if it lies there."""
+    step = _step(low, high, num)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _step(low: float, high: float, num: int) -> float:
+    rough = (high - low) / num or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * (1 - 1e-9))
 
 
 def intervals(document: Document) -> tuple[Axis, list[Interval]]:

@@ -26,26 +26,26 @@ def summary(document: Document) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for row in verdict.rows(document):
         table.add_row(
-            _text(row.name),
+            text(row.name),
             _cell(row.baseline, row.detail[0]),
             _cell(f"{row.artifact} (simulated)" if row.simulated else row.artifact, row.detail[1], "bold"),
-            _text(row.change, "bold red" if row.worse else ""),
+            text(row.change, "bold red" if row.worse else ""),
         )
     alternatives = [
-        _text(
+        text(
             f"{entry['name']}: {units.quantity(entry['latency_ms']['median'], 'ms')}, "
             f"speed-up {verdict.interval(entry['speedup'])}"
         )
         for entry in document["alternatives"]
     ]
     return Group(
-        _text(document["model"]["name"], "bold"),
-        _text(f"{document['recipe']['text']}, {verdict.place(document)}", "dim"),
-        _text(verdict.floats(document), "dim"),
+        text(document["model"]["name"], "bold"),
+        text(f"{document['recipe']['text']}, {verdict.place(document)}", "dim"),
+        text(verdict.floats(document), "dim"),
         table,
         *alternatives,
-        _text(_fidelity(document)),
-        _text(""),
+        text(_fidelity(document)),
+        text(""),
         *_gate(document),
         *([_text(told, "yellow")] if (told := verdict.plainer(document)) else []),
     )
@@ -61,16 +61,17 @@ def _fidelity(document: Document) -> str:
 
 def _gate(document: Document) -> list[Text]:
     if document["gate"]["passed"]:
-        return [_text(f"{verdict.gate(document)}: {verdict.measured(document)}", "bold green")]
-    return [_text(verdict.gate(document), "bold red"), _text(verdict.measured(document))]
+        return [text(f"{verdict.gate(document)}: {verdict.measured(document)}", "bold green")]
+    return [text(verdict.gate(document), "bold red"), text(verdict.measured(document))]
 
 
 def _cell(value: str, detail: str, style: str = "") -> Text:
-    cell = _text(value, style)
-    return cell.append_text(_text(f"\n{detail}", "dim")) if detail else cell
+    cell = text(value, style)
+    return cell.append_text(text(f"\n{detail}", "dim")) if detail else cell
 
 
-def _text(content: str, style: str = "") -> Text:
+def text(content: str, style: str = "") -> Text:
+    """Text that is no markup and holds no control sequence."""
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in content), style=style)

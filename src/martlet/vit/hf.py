@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from martlet.nn.attention import ShapedAttention
 from martlet.vit.view import (
     AttentionView,
     BlockView,
@@ -19,9 +20,17 @@ from martlet.vit.view import (
     need,
     part,
     position_bias,
+    shaped,
 )
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+class CutAttention(ShapedAttention):
+    """As Hugging Face's blocks call attention: weights are expected beside the output, and read by nobody."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **more: object) -> tuple[Tensor, None]:
+        return self.attend(x, attention_mask), None
 
 
 def vit(root: Part) -> VitView:
@@ -83,7 +92,7 @@ def _block(at: Part) -> BlockView:
     return BlockView(
         at.name,
         at.module,
-        attention=_attention(need(at, "attention")),
+        attention=shaped(need(at, "attention")) or _attention(need(at, "attention")),
         mlp=_mlp(need(at, "mlp")),
         norm1=need(at, "norm1" if dino else "layernorm_before"),
         norm2=need(at, "norm2" if dino else "layernorm_after"),
@@ -96,25 +105,24 @@ def _block(at: Part) -> BlockView:
 
 def _swin_block(at: Part, stage: int, grid: tuple[int, int]) -> BlockView:
     block: Any = at.module
-    bias = block.attention.relative_position_bias
-    covers = min(grid) <= bias.window_size[0]  # then there is one window a side, and nothing to shift
+    attention, shift = need(at, "attention"), (block.shift_size, block.shift_size)
+    if min(grid) <= block.window_size:  # then there is one window a side, and nothing to shift
+        shift = (0, 0)
     return BlockView(
         at.name,
         block,
-        attention=_attention(
-            need(at, "attention"),
-            Window(
-                size=tuple(bias.window_size),
-                shift=(0, 0) if covers else (block.shift_size, block.shift_size),
-                position_bias=position_bias(bias),
-            ),
-        ),
+        attention=shaped(attention, shift) or _window_attention(attention, shift),
         mlp=_mlp(need(at, "mlp")),
         norm1=need(at, "layernorm_before"),
         norm2=need(at, "layernorm_after"),
         drop_path1=part(at, "drop_path"),
         stage=stage,
     )
+
+
+def _window_attention(at: Part, shift: tuple[int, int]) -> AttentionView:
+    bias: Any = need(at, "relative_position_bias").module
+    return _attention(at, Window(tuple(bias.window_size), shift, position_bias(bias)))
 
 
 def _attention(at: Part, window: Window | None = None) -> AttentionView:

@@ -53,8 +53,8 @@ def linear(map_: LinearView, x: Tensor) -> Tensor:
 
 
 def split_heads(attention: AttentionView, y: Tensor) -> Tensor:
-    """(B, N, H D) -> (B, H, N, D)."""
-    return y.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    """(B, N, H D) -> (B, H, N, D), for q and k as for v."""
+    return y.unflatten(-1, (attention.num_heads, y.shape[-1] // attention.num_heads)).transpose(1, 2)
 
 
 def take_over_(

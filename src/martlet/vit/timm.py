@@ -8,8 +8,9 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from martlet.nn.attention import ShapedAttention
 from martlet.vit.view import (
     AttentionView,
     BlockView,
@@ -24,8 +25,19 @@ from martlet.vit.view import (
     part,
     position_bias,
     refuse,
+    shaped,
     thirds,
 )
+
+
+class CutAttention(ShapedAttention):
+    """As timm's blocks call attention."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """mask: of windows; attn_mask, is_causal: of a plain vision transformer, where nothing sets them."""
+        return self.attend(x, attn_mask if mask is None else mask)
 
 
 def vit(root: Part) -> VitView:
@@ -86,28 +98,10 @@ def _block(at: Part) -> BlockView:
     if not isinstance(block, Block | ResPostBlock):
         raise refuse(at, "doesn't have one attention and one MLP, one after the other")
     attention = need(at, "attn")
-    if type(attention.module) is not Attention:
-        raise refuse(attention, "isn't plain softmax attention")
-    if attention.module.gate is not None:
-        raise refuse(attention, "gates its output")
-    query, key, value = thirds(attention, "qkv")
     return BlockView(
         at.name,
         block,
-        attention=AttentionView(
-            attention.name,
-            attention.module,
-            num_heads=attention.module.num_heads,
-            head_dim=attention.module.head_dim,
-            scale=attention.module.scale,
-            query=query,
-            key=key,
-            value=value,
-            proj=linear(attention, "proj"),
-            query_norm=part(attention, "q_norm"),
-            key_norm=part(attention, "k_norm"),
-            norm=part(attention, "norm"),
-        ),
+        attention=shaped(attention) or _attention(attention),
         mlp=_mlp(need(at, "mlp")),
         norm1=need(at, "norm1"),
         norm2=need(at, "norm2"),
@@ -119,38 +113,68 @@ def _block(at: Part) -> BlockView:
     )
 
 
+def _attention(at: Part) -> AttentionView:
+    attention = at.module
+    if type(attention) is not Attention:
+        raise refuse(at, "isn't plain softmax attention")
+    if attention.gate is not None:
+        raise refuse(at, "gates its output")
+    query, key, value = thirds(at, "qkv")
+    return AttentionView(
+        at.name,
+        attention,
+        num_heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scale,
+        query=query,
+        key=key,
+        value=value,
+        proj=linear(at, "proj"),
+        query_norm=part(at, "q_norm"),
+        key_norm=part(at, "k_norm"),
+        norm=part(at, "norm"),
+    )
+
+
 def _swin_block(at: Part, stage: int) -> BlockView:
     block, attention = at.module, need(at, "attn")
-    if not isinstance(block, SwinTransformerBlock) or not isinstance(attention.module, WindowAttention):
+    if not isinstance(block, SwinTransformerBlock):
         raise refuse(at, "isn't a block of the first Swin")
-    window = attention.module
-    query, key, value = thirds(attention, "qkv")
+    shift = (block.shift_size[0], block.shift_size[1])
     return BlockView(
         at.name,
         block,
-        attention=AttentionView(
-            attention.name,
-            window,
-            num_heads=window.num_heads,
-            head_dim=query.weight.shape[0] // window.num_heads,
-            scale=window.scale,
-            query=query,
-            key=key,
-            value=value,
-            proj=linear(attention, "proj"),
-            window=Window(
-                size=(block.window_size[0], block.window_size[1]),
-                shift=(block.shift_size[0], block.shift_size[1]),
-                position_bias=position_bias(window._get_rel_pos_bias),
-                shifts_first=True,
-            ),
-        ),
+        attention=shaped(attention, shift, shifts_first=True) or _window_attention(attention, block, shift),
         mlp=_mlp(need(at, "mlp")),
         norm1=need(at, "norm1"),
         norm2=need(at, "norm2"),
         drop_path1=part(at, "drop_path1"),
         drop_path2=part(at, "drop_path2"),
         stage=stage,
+    )
+
+
+def _window_attention(at: Part, block: SwinTransformerBlock, shift: tuple[int, int]) -> AttentionView:
+    window = at.module
+    if not isinstance(window, WindowAttention):
+        raise refuse(at, "isn't the attention of the first Swin")
+    query, key, value = thirds(at, "qkv")
+    return AttentionView(
+        at.name,
+        window,
+        num_heads=window.num_heads,
+        head_dim=query.weight.shape[0] // window.num_heads,
+        scale=window.scale,
+        query=query,
+        key=key,
+        value=value,
+        proj=linear(at, "proj"),
+        window=Window(
+            size=(block.window_size[0], block.window_size[1]),
+            shift=shift,
+            position_bias=position_bias(window._get_rel_pos_bias),
+            shifts_first=True,
+        ),
     )
 
 

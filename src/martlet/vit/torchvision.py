@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.models.vision_transformer import VisionTransformer
 
+from martlet.nn.attention import ShapedAttention
 from martlet.vit.view import (
     AttentionView,
     BlockView,
@@ -22,8 +23,16 @@ from martlet.vit.view import (
     part,
     position_bias,
     refuse,
+    shaped,
     thirds,
 )
+
+
+class CutAttention(ShapedAttention):
+    """As torchvision's blocks call attention: q, k and v of the same tokens, and weights beside the output."""
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        return self.attend(x), None
 
 
 def vit(root: Part) -> VitView:
@@ -69,7 +78,18 @@ def swin(root: Part) -> VitView:
 
 
 def _block(at: Part) -> BlockView:
-    found = need(at, "self_attention")
+    attention = need(at, "self_attention")
+    return BlockView(
+        at.name,
+        at.module,
+        attention=shaped(attention) or _attention(attention),
+        mlp=_mlp(need(at, "mlp")),
+        norm1=need(at, "ln_1"),
+        norm2=need(at, "ln_2"),
+    )
+
+
+def _attention(found: Part) -> AttentionView:
     attention = cast(nn.MultiheadAttention, found.module)
     query, key, value = (
         LinearView(
@@ -81,23 +101,16 @@ def _block(at: Part) -> BlockView:
         )
         for i in range(3)
     )
-    return BlockView(
-        at.name,
-        at.module,
-        attention=AttentionView(
-            found.name,
-            attention,
-            num_heads=attention.num_heads,
-            head_dim=attention.head_dim,
-            scale=attention.head_dim**-0.5,
-            query=query,
-            key=key,
-            value=value,
-            proj=linear(found, "out_proj"),
-        ),
-        mlp=_mlp(need(at, "mlp")),
-        norm1=need(at, "ln_1"),
-        norm2=need(at, "ln_2"),
+    return AttentionView(
+        found.name,
+        attention,
+        num_heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        scale=attention.head_dim**-0.5,
+        query=query,
+        key=key,
+        value=value,
+        proj=linear(found, "out_proj"),
     )
 
 

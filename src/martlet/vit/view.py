@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from martlet.core.errors import SourceError
+from martlet.nn.attention import ShapedAttention
 
 Family = Literal["vit", "swin"]
 
@@ -85,7 +86,7 @@ class Window:
 class AttentionView(Part):
     """Multi-head attention: proj(norm(softmax(scale q kᵀ + position bias) v)).
 
-    Head i of q, k and v is features i D to (i + 1) D of its projection, D being `head_dim`.
+    Head i of q and k is features i D to (i + 1) D of its projection, D being `head_dim`; of v, with `value_dim`.
     query_norm, key_norm: over the D features of each head. norm: over all H D features, before proj.
     """
 
@@ -100,6 +101,11 @@ class AttentionView(Part):
     key_norm: Part | None = None
     norm: Part | None = None
     window: Window | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Features of each head of v: D, unless a cut has left another number."""
+        return (self.value.rows.stop - self.value.rows.start) // self.num_heads
 
     @property
     def is_fused(self) -> bool:
@@ -229,6 +235,34 @@ def position_bias(give: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def _only(give: Callable[[], Tensor]) -> Tensor:
     return give().squeeze(0)
+
+
+def shaped(at: Part, shift: tuple[int, int] = (0, 0), shifts_first: bool = False) -> AttentionView | None:
+    """The view of a `ShapedAttention` that a cut has put in the place of a library's own; None if it is another.
+
+    shift, shifts_first: as in `Window`, if there is one.
+    """
+    layer = at.module
+    if not isinstance(layer, ShapedAttention):
+        return None
+    name = join(at.name, "qkv")
+    query, key, value = (LinearView(name, layer.qkv, rows) for rows in layer.rows)
+    window = layer.position and Window(layer.position.window, shift, position_bias(layer.position), shifts_first)
+    return AttentionView(
+        at.name,
+        layer,
+        num_heads=layer.num_heads,
+        head_dim=layer.qk_dim,
+        scale=layer.scale,
+        query=query,
+        key=key,
+        value=value,
+        proj=linear(at, "proj"),
+        query_norm=part(at, "q_norm"),
+        key_norm=part(at, "k_norm"),
+        norm=part(at, "norm"),
+        window=window,
+    )
 
 
 def join(*names: str) -> str:

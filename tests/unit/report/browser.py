@@ -1,4 +1,4 @@
-"""Headless Chromium over the DevTools pipe: enough to open a page, measure it and photograph it."""
+"""Headless Chromium over the DevTools pipe: enough to open a page, use it, measure it and photograph it."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ class Browser:
         os.close(self._read)
         os.close(self._write)
 
-    def open(self, page: Path, *, width: int, height: int = 2400, dark: bool = False) -> None:
-        """Loads a page in a window of so many CSS pixels."""
+    def open(self, page: Path, *, width: int, height: int = 2400, dark: bool = False, javascript: bool = True) -> None:
+        """Loads a page in a window of so many CSS pixels. Without JavaScript, `evaluate` still works."""
         self._events.clear()
+        self._call("Emulation.setScriptExecutionDisabled", value=not javascript)
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
@@ -79,9 +80,42 @@ class Browser:
             self._receive(deadline)
 
     def evaluate(self, expression: str) -> Any:
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What an expression is; a promise is waited for."""
+        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def hover(self, selector: str) -> None:
+        """Moves the mouse onto an element, which nothing else may cover there."""
+        x, y = self._place(selector)
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, selector: str) -> None:
+        """Moves the mouse onto an element and clicks."""
+        self.hover(selector)
+        x, y = self._place(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, key: str) -> None:
+        """Presses a key by its name in JavaScript, such as `ArrowRight`, in what has the focus."""
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def allow_clipboard(self) -> None:
+        self._call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+
+    def _place(self, selector: str) -> tuple[float, float]:
+        found = self.evaluate(f"""(() => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView({{ block: "center", behavior: "instant" }});
+            const box = element.getBoundingClientRect();
+            const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+            const top = document.elementFromPoint(x, y);
+            return [x, y, element.contains(top), top?.outerHTML.slice(0, 200)];
+        }})()""")
+        assert found[2], f"{selector} is covered by {found[3]}"
+        return found[0], found[1]
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         data = self._call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]

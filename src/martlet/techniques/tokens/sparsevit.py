@@ -213,7 +213,7 @@ def _macs(block: BlockView, windows: int) -> int:
     tokens = window.size[0] * window.size[1]
     maps = (attention.query, attention.key, attention.value, attention.proj, block.mlp.fc1, block.mlp.fc2)
     weights = sum(map_.weight.numel() for map_ in maps)
-    return windows * tokens * (weights + 2 * tokens * attention.num_heads * attention.head_dim)
+    return windows * tokens * (weights + tokens * attention.num_heads * (attention.head_dim + attention.value_dim))
 
 
 def _ratios(ratio: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Multi-head attention of any shape: what takes a library's own place once heads or their dimensions are cut."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class RelativePosition(nn.Module):
+    """What is added to the scores of tokens in a window (h, w), by how far apart they are.
+
+    table: ((2h - 1)(2w - 1), H), the biases; row (dy + h - 1)(2w - 1) + dx + w - 1 belongs to the offset (dy, dx) from
+    key to query.
+    """
+
+    index: Tensor
+
+    def __init__(self, window: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.register_buffer("index", relative_index(window).flatten(), persistent=False)
+
+    def forward(self) -> Tensor:
+        """(1, H, N, N) for the N = h w tokens in row order."""
+        count = self.window[0] * self.window[1]
+        return self.table[self.index].view(count, count, -1).permute(2, 0, 1).unsqueeze(0)
+
+    @torch.no_grad()
+    def set_(self, bias: Tensor) -> None:
+        """Takes the table from what it gives, (H, N, N)."""
+        self.table[self.index] = bias.flatten(1).mT.to(self.table)
+
+
+def relative_index(window: tuple[int, int]) -> Tensor:
+    """(N, N): the row of the table for each query and key of a window (h, w)."""
+    height, width = window
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    down, across = y[:, None] - y + height - 1, x[:, None] - x + width - 1  # (N, N)
+    return down * (2 * width - 1) + across
+
+
+class ShapedAttention(nn.Module):
+    """proj(norm(softmax(scale q kᵀ + position) v)), with dimensions of q and k, and of v, that need not be equal.
+
+    One Linear gives q, k and v, because x is then read once. Rows: q of head 0, 1, …, then k, then v.
+    How a library calls its attention, and what it wants back, is for the adapters of `vit/` to say in a subclass.
+
+    Args:
+        dim: C, features of each token.
+        num_heads, qk_dim, v_dim: H heads, of D dimensions of q and k, and E of v.
+        scale: of the scores; that of the attention that was there before, whatever D is now.
+        query_norm, key_norm: over D; norm: over all H E, before proj.
+        window: (h, w), if there is a relative position bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        scale: float,
+        *,
+        query_norm: nn.Module | None = None,
+        key_norm: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
+        self.qkv = nn.Linear(dim, num_heads * (2 * qk_dim + v_dim))
+        self.q_norm, self.k_norm, self.norm = (each or nn.Identity() for each in (query_norm, key_norm, norm))
+        self.position = RelativePosition(window, num_heads) if window else None
+        self.proj = nn.Linear(num_heads * v_dim, dim)
+
+    @property
+    def rows(self) -> tuple[slice, slice, slice]:
+        """Those of q, k and v in `qkv`."""
+        q = self.num_heads * self.qk_dim
+        return slice(0, q), slice(q, 2 * q), slice(2 * q, cast(int, self.qkv.out_features))
+
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C).
+
+        mask: what is added to the scores; (W, N, N) for the W windows of each image, (B, 1 or H, N, N) else.
+        """
+        count = x.shape[1]
+        sizes = [self.num_heads * self.qk_dim] * 2 + [self.num_heads * self.v_dim]
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, size // self.num_heads)).transpose(1, 2)  # (B, H, N, D) or (B, H, N, E)
+            for y, size in zip(self.qkv(x).split(sizes, -1), sizes, strict=True)
+        )
+        if self.position is not None:
+            bias = self.position()
+            if mask is not None:
+                windows = mask[None, :, None].expand(x.shape[0] // mask.shape[0], -1, -1, -1, -1)
+                bias = bias + windows.reshape(-1, 1, count, count)  # (B, H, N, N)
+            mask = bias
+        out = functional.scaled_dot_product_attention(
+            self.q_norm(q), self.k_norm(k), v, attn_mask=mask, scale=self.scale
+        )
+        return self.proj(self.norm(out.transpose(1, 2).flatten(2)))  # (B, N, H E) -> (B, N, C)

@@ -1,0 +1,1 @@
+"""Structure taken out of the model: heads, dimensions, hidden units, width, blocks."""

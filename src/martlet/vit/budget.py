@@ -1,0 +1,142 @@
+"""What a block costs by its sizes, and which sizes to give to each, so that a model does a share of its MACs less."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from martlet.core.errors import RecipeError
+from martlet.core.model import Model
+from martlet.vit.reading import logits_of_noise
+from martlet.vit.structure import BlockShape, shape_of
+from martlet.vit.view import VitView
+
+Kind = Literal["heads", "qk", "v", "hidden"]
+KINDS: tuple[Kind, ...] = ("heads", "qk", "v", "hidden")
+SIZES: Mapping[Kind, str] = {"heads": "num_heads", "qk": "qk_dim", "v": "v_dim", "hidden": "hidden"}
+"""Which size of a `BlockShape` a kind of cut makes smaller."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the MACs of a block depend on besides its sizes, for one image.
+
+    rows, mlp_rows: tokens that go through the Linears of attention, padding of windows included, and of the MLP.
+    keys: tokens that each query sees. width: C. mlp_maps: Linears of the MLP; with a gate, three.
+    """
+
+    rows: int
+    keys: int
+    mlp_rows: int
+    width: int
+    mlp_maps: int
+
+    def macs(self, shape: BlockShape) -> int:
+        by_head = 2 * (shape.qk_dim + shape.v_dim) * self.width + (shape.qk_dim + shape.v_dim) * self.keys
+        return self.rows * shape.num_heads * by_head + self.mlp_rows * self.width * self.mlp_maps * shape.hidden
+
+
+def works(model: Model, vit: VitView) -> list[Work]:
+    """Of each block, found by running the model on one image."""
+    attention: dict[int, torch.Size] = {}
+    mlp: dict[int, torch.Size] = {}
+    handles = []
+    for i, block in enumerate(vit.blocks):
+        for module, seen in ((block.attention.module, attention), (block.mlp.module, mlp)):
+            handles.append(module.register_forward_pre_hook(_sees(seen, i), with_kwargs=True))
+    try:
+        logits_of_noise(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for i, block in enumerate(vit.blocks):
+        rows = attention[i][:-1].numel()
+        window = block.attention.window
+        keys = attention[i][1] if window is None else window.size[0] * window.size[1]
+        maps = 3 if block.mlp.is_gated else 2
+        found.append(Work(rows, keys, mlp[i][:-1].numel(), block.attention.query.weight.shape[1], maps))
+    return found
+
+
+def _sees(seen: dict[int, torch.Size], i: int):
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen[i] = (args[0] if args else kwargs["hidden_states"]).shape
+
+    return hook
+
+
+def total_macs(model: Model) -> int:
+    """Of the whole model for one image, attention's products included."""
+    from martlet.measure.macs import macs_run
+
+    return macs_run(copy.deepcopy(model.module).to("meta").eval(), model.preprocess.size)
+
+
+Levels = Mapping[int, float]
+"""Loss by size that is left, for sizes smaller than what there is."""
+
+
+class Step(NamedTuple):
+    """One cut that could be made next: what it costs for each MAC that it saves."""
+
+    price: float
+    block: int
+    kind: Kind
+    left: int
+
+
+def allocate(
+    technique: str,
+    vit: VitView,
+    each: Sequence[Work],
+    losses: Mapping[tuple[int, Kind], Levels],
+    prune_ratio: float,
+    total: int,
+) -> list[BlockShape]:
+    """The sizes of every block, by always cutting next what loses least for each MAC saved.
+
+    losses: of each kind of cut in each block alone, by what it leaves. They are added up, as if cuts didn't know of
+    each other. Of levels that a deeper one beats by price, none is taken.
+    prune_ratio: share to remove of the `total` MACs of the model.
+
+    Raises:
+        RecipeError: so many MACs can't be removed.
+    """
+    shapes = [shape_of(block) for block in vit.blocks]
+    start = sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+    removed = 0
+    while removed < prune_ratio * total:
+        steps = [step for (i, kind), levels in losses.items() if (step := _next(each[i], shapes[i], i, kind, levels))]
+        if not steps:
+            raise RecipeError(
+                f"{technique}: prune_ratio {prune_ratio:g} would empty layers such as those of {vit.blocks[0].name}; "
+                f"at most {removed / total:.0%} of the MACs can go from {', '.join(_kinds(losses))}"
+            )
+        step = min(steps)
+        shapes[step.block] = replace(shapes[step.block], **{SIZES[step.kind]: step.left})
+        removed = start - sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+    return shapes
+
+
+def _kinds(losses: Mapping[tuple[int, Kind], Levels]) -> list[str]:
+    found = {kind for _, kind in losses}
+    return [kind for kind in KINDS if kind in found]
+
+
+def _next(work: Work, shape: BlockShape, block: int, kind: Kind, levels: Levels) -> Step | None:
+    """The best of the deeper levels of one kind of cut."""
+    name = SIZES[kind]
+    now = getattr(shape, name)
+    before, macs = levels.get(now, 0.0), work.macs(shape)
+    steps = [
+        Step((loss - before) / (macs - work.macs(replace(shape, **{name: left}))), block, kind, left)
+        for left, loss in levels.items()
+        if left < now
+    ]
+    return min(steps, default=None)

@@ -1,0 +1,249 @@
+"""Cuts a model block by block, and has what stays take over what was cut, in closed form and without labels.
+
+Each block gets the tokens that the cut model gives it; what it should add is what makes them the tokens of the model
+as it was. So a block also repairs what those before it have lost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from martlet.core.technique import Batches, Progress, silent
+from martlet.functional.heads import HeadWeights, UnitWeights, selection
+from martlet.functional.repair import Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
+from martlet.nn.attention import ShapedAttention
+from martlet.vit.streams import Streams, Tap
+from martlet.vit.structure import (
+    BlockShape,
+    put_attention_,
+    read_attention,
+    read_mlp,
+    shape_of,
+    write_attention_,
+    write_mlp_,
+)
+from martlet.vit.view import BlockView, Part, VitView, view
+
+RIDGE = 1e-4
+"""Relative to the mean square of an input: how strongly weights are held to what they were."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What is to be left of a block: its sizes, and the numbers of what stays.
+
+    heads: (H',); qk: (H', D'); v: (H', E'); hidden: (U',). None where the images are to say what stays: of q, k and v
+    then the best bases, which are no selection, and of hidden units those that the others can't replace.
+    """
+
+    shape: BlockShape
+    heads: Tensor | None = None
+    qk: Tensor | None = None
+    v: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+def cut_(module: nn.Module, cuts: Mapping[int, Cut]) -> None:
+    """Cuts and repairs nothing. All numbers must be there."""
+    for number, cut in cuts.items():
+        vit = view(module)
+        block = vit.blocks[number]
+        if _cuts_attention(cut, block):
+            weights = _heads(cut, read_attention(block.attention))
+            put_attention_(vit, block, _selected(cut, weights))
+        if cut.shape.hidden != shape_of(block).hidden:
+            assert cut.hidden is not None
+            write_mlp_(block.mlp, read_mlp(block.mlp).units(cut.hidden))
+
+
+def cut_and_repair_(
+    module: nn.Module,
+    cuts: Mapping[int, Cut],
+    images: Batches,
+    *,
+    num_read: int | None = None,
+    ridge: float = RIDGE,
+    progress: Progress = silent,
+) -> None:
+    """Cuts, and repairs from the first cut block to the last of the model.
+
+    num_read: how many leading tokens of the last block are read, as in `Reading`.
+    """
+    first = min(cuts)
+    old, new = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
+    for twin in (old, new):
+        vit = view(twin)
+        for block in vit.blocks[first:]:
+            if _replaceable(vit, block):
+                write_attention_(vit, block, read_attention(block.attention))
+    before, after = Streams(old, images), Streams(new, images)
+    for _ in range(first):
+        for _ in before.run({}, keep=True):
+            pass
+    after.after, after.done = list(before.after), first
+    depth = len(view(module).blocks)
+    for number in range(first, depth):
+        progress("repairing blocks", number, depth)
+        cut = cuts.get(number) or Cut(shape_of(view(new).blocks[number]))
+        weigh = _Weights(num_read if number == depth - 1 else None)
+        if _replaceable(view(new), view(new).blocks[number]):
+            _cut_attention_(before, after, cut, weigh, ridge)
+        _cut_mlp_(before, after, cut, weigh, ridge)
+        for _ in after.run({}, keep=True):
+            pass
+        vit, done = view(module), view(new).blocks[number]
+        block = vit.blocks[number]
+        if _replaceable(vit, block):
+            put_attention_(vit, block, read_attention(done.attention))
+        write_mlp_(vit.blocks[number].mlp, read_mlp(done.mlp))
+
+
+def _replaceable(vit: VitView, block: BlockView) -> bool:
+    return vit.library != "torchvision" or block.attention.window is None
+
+
+def _cuts_attention(cut: Cut, block: BlockView) -> bool:
+    now = shape_of(block)
+    return (cut.shape.num_heads, cut.shape.qk_dim, cut.shape.v_dim) != (now.num_heads, now.qk_dim, now.v_dim)
+
+
+def _heads(cut: Cut, weights: HeadWeights) -> HeadWeights:
+    return weights if cut.heads is None else weights.heads(cut.heads)
+
+
+def _selected(cut: Cut, weights: HeadWeights) -> HeadWeights:
+    if cut.qk is not None:
+        pick = selection(cut.qk, weights.qk_dim)
+        weights = weights.scores_by(pick, pick)
+    if cut.v is not None:
+        pick = selection(cut.v, weights.v_dim)
+        weights = weights.values_by(pick, pick.mT)
+    return weights
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """How much each token's error counts.
+
+    Where only leading tokens are read, the others count as much together as those do: they are there to keep a fit
+    from few samples in place.
+    """
+
+    num_read: int | None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """(S,) for x (B, N, C) with S = B N."""
+        if self.num_read is None or x.ndim != 3:
+            return None
+        weights = x.new_full(x.shape[:2], self.num_read / (x.shape[1] - self.num_read))
+        weights[:, : self.num_read] = 1
+        return weights.flatten()
+
+
+def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float) -> None:
+    vit = view(after.module)
+    block = vit.blocks[after.done]
+    if _cuts_attention(cut, block):
+        weights = _heads(cut, read_attention(block.attention))
+        if cut.heads is not None:
+            write_attention_(vit, block, weights)
+        weights = _rotated(after, cut, weights)
+        write_attention_(vit, view(after.module).blocks[after.done], weights)
+    old, new = (view(streams.module).blocks[streams.done] for streams in (before, after))
+    layers = [layer for each in (old, new) if isinstance(layer := each.attention.module, ShapedAttention)]
+    corrects = not new.post_norm and new.attention.window is None
+    scale = _scale(new.layer_scale1)
+    gram = Gram(layers[1].proj.in_features, layers[1].proj.out_features)
+    runs = zip(
+        before.run({"x": (old.module, "in"), "y": (layers[0].proj, "out")}),
+        after.run({"x": (new.module, "in"), "z": (layers[1].proj, "in")}),
+        strict=True,
+    )
+    for was, now in runs:
+        y = was["y"]
+        if corrects:
+            y = y + (was["x"] - now["x"]) * scale
+        gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), weigh(now["z"]) if corrects else None)
+    weight = layers[1].proj.weight.detach()
+    found = fit(gram, torch.arange(weight.shape[1]), weight, ridge)
+    _copy_(layers[1].proj, found.weight, found.bias)
+
+
+def _rotated(after: Streams, cut: Cut, weights: HeadWeights) -> HeadWeights:
+    """q, k and v of the sizes of the cut: of the numbers that it names, or else of the best bases."""
+    heads, qk, v = weights.num_heads, weights.qk_dim, weights.v_dim
+    layer = view(after.module).blocks[after.done].attention.module
+    assert isinstance(layer, ShapedAttention)
+    queries, keys = (torch.zeros(heads, qk, qk, dtype=torch.float64) for _ in range(2))
+    outputs, mean, count = torch.zeros(heads, v, v, dtype=torch.float64), torch.zeros(heads, v), 0
+    for seen in after.run({"qkv": (layer.qkv, "out"), "z": (layer.proj, "in")}):
+        q, k, _ = (seen["qkv"][..., rows].unflatten(-1, (heads, -1)) for rows in layer.rows)  # (B, N, H, D)
+        k = k - k.mean(1, keepdim=True)
+        queries += torch.einsum("bnhd,bnhe->hde", q, q)
+        keys += torch.einsum("bnhd,bnhe->hde", k, k)
+        z = seen["z"].unflatten(-1, (heads, -1)).flatten(0, 1)  # (S, H, E)
+        outputs += torch.einsum("shd,she->hde", z, z)
+        mean += z.sum(0)
+        count += len(z)
+    if cut.shape.qk_dim < qk:
+        if cut.qk is None:
+            bases = score_bases(queries, keys)
+            size = cut.shape.qk_dim
+            weights = weights.scores_by(bases.first[..., :size], bases.second[..., :size])
+        else:
+            weights = weights.scores_by(score_fit(keys, cut.qk), selection(cut.qk, qk))
+    if cut.shape.v_dim < v:
+        if cut.v is None:
+            mean = mean.double() / count
+            covariance = outputs / count - mean[:, :, None] * mean[:, None]
+            bases = value_bases(covariance, weights.proj, cut.shape.v_dim)
+            weights = weights.values_by(bases.first, bases.second)
+        else:
+            pick = selection(cut.v, v)
+            weights = weights.values_by(pick, pick.mT)
+    return weights
+
+
+def _cut_mlp_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float) -> None:
+    old, new = (view(streams.module).blocks[streams.done] for streams in (before, after))
+    weights = read_mlp(new.mlp)
+    gram = Gram(weights.num_units, weights.fc2.shape[0])
+    scale = _scale(new.layer_scale2)
+    taps: list[dict[str, Tap]] = [{"y": (old.mlp.fc2.module, "out")}, {"z": (new.mlp.fc2.module, "in")}]
+    if not new.post_norm:  # there the norm comes after, and reads what fc2 gives
+        for tap, block in zip(taps, (old, new), strict=True):
+            tap["x"] = (block.norm2.module, "in")
+    for was, now in zip(before.run(taps[0], keep=True), after.run(taps[1]), strict=True):
+        y = was["y"]
+        if not new.post_norm:
+            y = y + (was["x"] - now["x"]).view_as(y) * scale
+        gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), weigh(now["z"]))
+    kept = torch.arange(weights.num_units)
+    if cut.hidden is not None:
+        kept = cut.hidden
+    elif cut.shape.hidden < weights.num_units:
+        kept = units_kept(removal_order(gram, ridge), cut.shape.hidden)
+    weights = weights.units(kept)
+    found = fit(gram, kept, weights.fc2, ridge)
+    write_mlp_(new.mlp, UnitWeights(**{**vars(weights), "fc2": found.weight, "fc2_bias": found.bias}))
+
+
+def _scale(part: Part | None) -> Tensor | float:
+    """By what an error of the residual stream is multiplied to be one of what a layer scale gets."""
+    if part is None:
+        return 1.0
+    [gamma] = part.module.parameters()
+    gamma = gamma.detach()
+    small = gamma.abs() < 1e-3 * gamma.abs().max()  # where hardly anything goes through, nothing can be repaired
+    return torch.where(small, 0, 1 / gamma)
+
+
+@torch.no_grad()
+def _copy_(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
