@@ -47,7 +47,7 @@ def summary(document: Document) -> RenderableType:
         text(_fidelity(document)),
         text(""),
         *_gate(document),
-        *([_text(told, "yellow")] if (told := verdict.plainer(document)) else []),
+        *([text(told, "yellow")] if (told := verdict.plainer(document)) else []),
     )
 
 
