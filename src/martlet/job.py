@@ -39,6 +39,8 @@ def compress(
     out: str | Path,
     calib: Images | str | Path | Iterable[Any] | None = None,
     num_calib: int = 64,
+    train: Images | str | Path | Iterable[Any] | None = None,
+    teacher: str | Model | None = None,
     max_drop: float | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -55,8 +57,11 @@ def compress(
         engine: `openvino`, `onnxruntime` or `torch`.
         out: the folder to write; written beside first, so it is whole or not there. Learning that was stopped stays
             in `.NAME.resume` beside it, from which the same call goes on.
-        calib: images that techniques may learn from; without it, a sample of `images` that is then not tested on.
+        calib: images that techniques may learn from; without it, a sample of `train`, or of `images`, of which it is
+            then not tested.
         num_calib: how many calibration images.
+        train: what techniques that train the model train it on, with labels if there are any.
+        teacher: whose outputs they learn, as `martlet.training.job.load_teacher` takes it; the untouched model without.
         max_drop: points of top-1 (of agreement, without labels) that the gate lets go.
         overwrite: replace an artifact at `out`.
         threads: cores to use; None is all.
@@ -86,8 +91,20 @@ def compress(
         source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
         facts = recipe.facts(source.facts)
         num_calib = num_calib if recipe.needs_images else 0
-        test, calibration = _data(images, calib, num_calib, source, seed, progress)
+        test, calibration = _data(images, train if calib is None else calib, num_calib, source, seed, progress)
         context.images = calibration
+        if train is not None:
+            from martlet.data import open_images
+            from martlet.data.examples import Examples
+
+            pool = open_images(train)
+            if pool.source == test.source and isinstance(train, str | Path):
+                raise UsageError("--images and --train are the same; what is tested on can't be trained on")
+            context.training = Examples.read(pool, source.preprocess, source.num_classes, progress)
+        if teacher is not None:
+            from martlet.training.job import load_teacher
+
+            context.teacher = load_teacher(teacher, source)
     patches: list[report.Patches] = []
 
     def look(model: Model, technique: Technique) -> None:

@@ -13,6 +13,7 @@ from martlet.core.errors import RecipeError, SourceError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
+from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
@@ -76,7 +77,10 @@ def done(model, recipe) -> Model:
 
 
 def run(model: Model, recipe: Recipe) -> Model:
-    return pipeline.run(model, recipe, Context(images=Noise(model.preprocess.size), seed=1))
+    noise = Noise(model.preprocess.size)
+    training = Examples.unlabelled(noise, model.preprocess)
+    training.labels = torch.arange(len(training)) % model.num_classes
+    return pipeline.run(model, recipe, Context(images=noise, training=training, seed=1))
 
 
 def outputs(model: Model) -> torch.Tensor:

@@ -8,10 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Context, Option
 
-from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, Overwrite, Seed, Spec, Threads
+from martlet.cli.options import (
+    ENGINE_NAMES,
+    Epochs,
+    ImageOptions,
+    Json,
+    Minutes,
+    ModelOptions,
+    Overwrite,
+    Seed,
+    Spec,
+    Teacher,
+    Threads,
+)
 from martlet.cli.stop import Stopped
 from martlet.cli.terminal import emit, note, note_skipped, show, working
+from martlet.cli.train import limited
 from martlet.core.kept import Kept
+from martlet.core.recipe import Recipe
 
 if TYPE_CHECKING:
     from martlet.core.report import Document
@@ -35,11 +49,18 @@ def compress(
         str | None,
         Option(
             metavar="PATH",
-            help="Images to learn from, without labels; part of --images, if not given.",
+            help="Images to learn from, without labels; part of --train or --images, if not given.",
             show_default=False,
         ),
     ] = None,
     num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of them.")] = 64,
+    train: Annotated[
+        str | None,
+        Option(metavar="PATH", help="Images that passes which train the model train it on.", show_default=False),
+    ] = None,
+    teacher: Teacher = None,
+    epochs: Epochs = None,
+    minutes: Minutes = None,
     max_drop: Annotated[
         float | None,
         Option(min=0, metavar="POINTS", help="Of top-1, or of agreement without labels, that the gate lets go."),
@@ -60,11 +81,13 @@ def compress(
         return compress(
             lambda: model_options.load(model, seed),
             images=image_options.open(seed),
-            recipe=recipe,
+            recipe=recipe if epochs is None and minutes is None else limited(Recipe.load(recipe), epochs, minutes),
             engine=engine,
             out=out,
             calib=calib,
             num_calib=num_calib,
+            train=train,
+            teacher=teacher,
             max_drop=max_drop,
             overwrite=overwrite,
             threads=threads,

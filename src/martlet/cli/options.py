@@ -32,6 +32,21 @@ ENGINE_NAMES = "openvino, onnxruntime or torch"
 Json = Annotated[bool, Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
 Threads = Annotated[int | None, Option(min=1, metavar="N", help="Cores to use; all, if not given.")]
 Seed = Annotated[int, Option(min=0, metavar="N", help="Of samples, of random weights and of the order of timing.")]
+Teacher = Annotated[
+    str | None,
+    Option(
+        metavar="MODEL[=FILE]",
+        show_default=False,
+        help="Whose outputs a pass that trains learns, and its weights; the untouched model, if not given.",
+    ),
+]
+Epochs = Annotated[
+    float | None, Option(metavar="N", help="Of passes that train, if not the recipe's.", show_default=False)
+]
+Minutes = Annotated[
+    float | None,
+    Option(metavar="N", help="That each pass that trains may take, at most; its schedule is cut.", show_default=False),
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the artifact that is at --out.")]
 
 

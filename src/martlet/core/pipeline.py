@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from martlet.core.model import Model, Step
 from martlet.core.recipe import Recipe
@@ -23,6 +24,7 @@ def run(
         MartletError: what a technique's `check` or `apply_` raises.
     """
     facts = recipe.facts(model.facts)
+    context = replace(context, teacher=context.teacher or model)
     if recipe.passes:
         model = model.copy()
     for i, technique in enumerate(recipe.passes):

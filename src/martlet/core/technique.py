@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from martlet.core.model import Model
     from martlet.core.recipe import Recipe
+    from martlet.data.examples import Examples
     from martlet.recipe_search.space import Space
 
 
@@ -30,10 +31,16 @@ class Stage(StrEnum):
     """On the traced graph (`torch.export`), where every library looks the same."""
     ENGINE = "engine"
     """On how the engine is told to run it."""
+    ANY = "any"
+    """On a module or a graph, whichever the model is by then; its values change and its structure stays."""
 
     @property
     def requires(self) -> frozenset[Fact]:
-        return {"module": frozenset({Fact.MODULE}), "graph": frozenset({Fact.GRAPH})}.get(self.value, frozenset())
+        return {
+            "module": frozenset({Fact.MODULE}),
+            "graph": frozenset({Fact.GRAPH}),
+            "any": frozenset({Fact.GRAPH}),
+        }.get(self.value, frozenset())
 
     @property
     def breaks(self) -> frozenset[Fact]:
@@ -64,6 +71,16 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int) -> None:
     """The Progress that says nothing."""
+
+
+class Scalars(Protocol):
+    """A place for numbers that change while a model trains, one curve a name."""
+
+    def __call__(self, name: str, value: float, step: int) -> None: ...
+
+
+def unplotted(name: str, value: float, step: int) -> None:
+    """The Scalars that keeps nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +119,19 @@ class Context:
 
     precisions: those of PRECISIONS that the engine computes fast in on this machine; all, if no engine is meant.
     kept: where work that takes long leaves what it has done, in case it is stopped; None keeps nothing.
+    training: what models are trained on, apart from what they are tested on; None if there is none.
+    teacher: whose outputs a model in training learns; the pipeline puts the untouched model here if there is none.
     """
 
     images: Batches | None = None
+    training: Examples | None = None
+    teacher: Model | None = None
     seed: int = 0
     int8: Int8Form = dataclasses.field(default_factory=Int8Form)
     precisions: tuple[str, ...] = PRECISIONS
     progress: Progress = silent
     kept: Kept | None = None
+    scalars: Scalars = unplotted
 
     def calibration(self, technique: Technique) -> Batches:
         """The calibration images.

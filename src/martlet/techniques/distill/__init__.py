@@ -1,0 +1,1 @@
+"""A student that learns what a teacher gives."""

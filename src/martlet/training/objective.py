@@ -1,0 +1,105 @@
+"""What a technique puts into the loop: what is learned, from which loss, and what is changed before and after."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from martlet.core.errors import UsageError
+from martlet.core.model import Model
+from martlet.data.preprocess import Preprocess
+
+RATE = "rate_scale"
+"""Of a group of parameters: its learning rate over the technique's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one step.
+
+    images: float32 (B, 3, H, W), normalized. labels: (B,), or probabilities (B, K) once mixed; None without labels.
+    indices, seeds: int64 (B,), which images they are, and how each was changed. step: from 0. steps: how many in all.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    indices: np.ndarray
+    seeds: np.ndarray
+    step: int
+    steps: int
+
+
+class Objective(nn.Module):
+    """A loss, and what it needs. A module, so that what it learns besides the student trains and is kept with it."""
+
+    def prepare_(self, student: nn.Module) -> None:
+        """Before anything is learned: hooks, layers that learn in place of others."""
+
+    def finish_(self, student: nn.Module) -> None:
+        """Undoes `prepare_`, with what was learned in its place."""
+
+    def groups(self, student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """What is learned, as groups of an optimizer; all else stays as it is. `rate_scale` scales a group's rate.
+
+        Without more: all parameters, of which those of one dimension and those that the model names don't decay.
+        """
+        from timm.optim import param_groups_weight_decay
+
+        spared = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()  # type: ignore[operator]
+        both = nn.ModuleList([student, self])
+        return param_groups_weight_decay(both, weight_decay, no_weight_decay_list={f"0.{name}" for name in spared})
+
+    @abstractmethod
+    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        """What is made small, averaged over the batch: one number."""
+
+    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How far logits (B, K) of images that weren't learned from are from what is wanted, averaged."""
+        assert batch.labels is not None
+        return functional.cross_entropy(logits, batch.labels)
+
+    def moved_(self, device: torch.device) -> None:
+        """To where the student is: what isn't a part of this module."""
+
+
+class Teacher:
+    """A model that is asked and never changed. No part of the objective's module, so neither kept nor trained.
+
+    Raises:
+        UsageError: it has other classes than the student.
+    """
+
+    def __init__(self, model: Model, student: Model) -> None:
+        if model.num_classes != student.num_classes:
+            raise UsageError(
+                f"the teacher {model.name} has {model.num_classes} classes and {student.name} has "
+                f"{student.num_classes}; choose a teacher with the same classes"
+            )
+        self.model = model
+        self._own, self._students = model.preprocess, student.preprocess
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images that are preprocessed for the student."""
+        return self.model.module(self.view(images))
+
+    def view(self, images: Tensor) -> Tensor:
+        """The student's images (B, 3, H, W) as the teacher takes them, enlarged or made smaller where it has to be."""
+        own, students = self._own, self._students
+        if (own.mean, own.std) != (students.mean, students.std):
+            (m0, s0), (m1, s1) = _statistics(students, images), _statistics(own, images)
+            images = (images * s0 + m0 - m1) / s1
+        if own.size == students.size:
+            return images
+        return functional.interpolate(images, own.size, mode="bicubic", antialias=True)
+
+
+def _statistics(preprocess: Preprocess, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (3, 1, 1)."""
+    return tuple(like.new_tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))  # type: ignore[return-value]
