@@ -6,13 +6,19 @@ python tools/docs.py --check    # write nothing; exit 1 and name the files that 
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pages as pages_folder
+from pages import peers
 
 from martlet.cli.list import recipes
 from martlet.core import registry
@@ -20,13 +26,10 @@ from martlet.report import cards
 from martlet.report.cards import table
 
 ROOT = Path(__file__).parents[1]
-TECHNIQUES, FEW_BITS, README = Path("docs/techniques.md"), Path("docs/few-bits.md"), Path("README.md")
-FORMATS, STUDIES = Path("docs/formats.md"), Path("docs/few-bits-studies.md")
-ZOO, RECORDS = Path("docs/zoo.md"), Path("src/martlet/models/zoo.json")
-MAX_DROP_PCT = 1.0
-"""Points of top-1 that a format may lose to be advised: what the gate allows unless told otherwise."""
+TECHNIQUES, README, ZOO, RECORDS = (
+    Path(name) for name in ("docs/techniques.md", "README.md", "docs/zoo.md", "src/martlet/models/zoo.json")
+)
 BEGIN, END = "<!-- results:peers -->", "<!-- /results:peers -->"
-OURS, NNCF = "openvino int8 (Martlet)", "openvino int8 (NNCF)"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -56,13 +59,15 @@ def pages(root: Path) -> dict[Path, str]:
         from martlet.models.records import shipped
 
         found[RECORDS] = shipped(document)
-    if document := newest(root / "results", "ptq"):
-        found[FEW_BITS] = few_bits(document)
-    if document := newest(root / "results", "studies"):
-        found[STUDIES] = studies(document)
-    if document := newest(root / "results", "formats"):
-        found[FORMATS] = formats(document)
+    for module in results_pages():
+        if document := newest(root / "results", module.BENCHMARK):
+            found[Path(module.PATH)] = module.page(document)
     return found
+
+
+def results_pages() -> list[ModuleType]:
+    """What makes the pages of results, a module each."""
+    return [importlib.import_module(f"pages.{its.name}") for its in pkgutil.iter_modules(pages_folder.__path__)]
 
 
 def techniques() -> str:
@@ -97,7 +102,11 @@ def readme(text: str, results: Path) -> str:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{README} has no {BEGIN} … {END}")
     document = newest(results)
-    lines = [] if document is None else ["", *peers(document), ""]
+    lines = (
+        []
+        if document is None
+        else ["", *peers.latencies(document), "", "[docs/peers.md](docs/peers.md) has accuracies too.", ""]
+    )
     block = "\n".join([BEGIN, *lines, END])
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
 
@@ -107,265 +116,6 @@ def newest(results: Path, benchmark: str = "peers") -> dict[str, Any] | None:
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     documents = [document for document in documents if document.get("benchmark") == benchmark]
     return max(documents, key=lambda document: document.get("created", ""), default=None)
-
-
-def peers(document: Mapping[str, Any]) -> list[str]:
-    """Latency of every contender on every model, the ratio to NNCF, and accuracy where the weights are real."""
-    models = document["models"]
-    contenders = list(dict.fromkeys(entry["name"] for model in models for entry in model["entries"]))
-    rows = [
-        (
-            f"`{model['name']}`",
-            *(_latency(entry) for entry in (_entry(model, name) for name in contenders)),
-            _ratio(_entry(model, OURS)),
-        )
-        for model in models
-    ]
-    lines = ["Latency at batch 1, median in milliseconds:", ""]
-    lines += table(("Model", *contenders, "Martlet over NNCF"), rows)
-    accuracies = [
-        (
-            f"`{model['name']}`",
-            entry["name"],
-            a["floating_point"],
-            a["images"],
-            _pct(a, "top1_pct"),
-            _pct(a, "agreement_pct"),
-        )
-        for model in models
-        for entry in model["entries"]
-        for a in entry.get("accuracy", [])
-    ]
-    if accuracies:
-        heading = ("Model", "Contender", "Floating point", "Images", "Top-1 %", "Agreement %")
-        lines += ["", "Accuracy, and agreement of the first choice with the untouched model:", ""]
-        lines += table(heading, accuracies)
-    environment = document["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return [*lines, "", f"Measured on {environment['cpu']}, {environment['cores']} cores; {versions}."]
-
-
-def few_bits(document: Mapping[str, Any]) -> str:
-    """Top-1 of every recipe on every model at every width, and what each recipe's bits are."""
-    settings, entries = document["settings"], document["entries"]
-    environment = document["environment"]
-    lines = [
-        "# Few bits, compared",
-        "",
-        "Generated by `make docs` from `results/ptq.json`, which `benchmarks/ptq.py` measured. All of it is simulated:",
-        "values are rounded and multiplied in float32 by PyTorch, so there are accuracies here and no speeds.",
-        "",
-        f"Top-1 in percent of {settings['test_images']} test images; {settings['calibration_images']} other images "
-        f"calibrated, of which grids see 32. A difference of two or three points on so few images can be chance. "
-        f"Seed {settings['seed']}. Seconds, of quantizing at the narrowest width in the row, are a rough guide: other "
-        f"work ran beside it on {environment['cores']} core(s) of {environment['cpu']}. Peak is the memory that the "
-        "whole process took for it at most, with PyTorch and all images.",
-        "",
-        "Rounded are weights and inputs of every Linear and convolution, q, k, v and softmax; first and last layer "
-        "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "
-        "`results/ptq.json` has the bits of every kind of tensor for each number.",
-    ]
-    if any(entry.get("grid_images") == "first" for entry in entries):
-        lines += ["", "† Measured when grids saw the first 32 calibration images, which may be of few classes."]
-    for name, its in groupby(sorted(entries, key=lambda e: e["model"]), key=lambda e: e["model"]):
-        group = list(its)
-        split = {e["recipe"]: e["recipe"].rpartition("-") for e in group}
-        split |= {"int8-f32": ("int8", "-", "w8a8")} if "int8-f32" in split else {}
-        widths = sorted({bits for _, _, bits in split.values()}, key=lambda bits: (bits.count("a"), bits), reverse=True)
-        recipes = list(dict.fromkeys(head for head, _, _ in split.values()))
-        best = {head: max(_top1(e) for e in group if split[e["recipe"]][0] == head) for head in recipes}
-        cells = {(split[e["recipe"]][0], split[e["recipe"]][2]): e for e in group}
-        first = group[0]
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{first['weights']}; {first['top1_float_pct']:.1f} % in float32 (n = {first['n']}).",
-            "",
-        ]
-        rows = []
-        for head in sorted(
-            recipes, key=lambda head: (("w4a4" in widths and -_top1(cells.get((head, "w4a4")))), -best[head])
-        ):
-            found = [cells.get((head, width)) for width in widths]
-            seconds = next((e["seconds"] for e in reversed(found) if e and "seconds" in e), None)
-            peak = max((e.get("peak_rss_bytes", 0) for e in found if e), default=0)
-            rows.append(
-                (
-                    f"`{head}`",
-                    *map(_cell, found),
-                    "–" if seconds is None else f"{seconds:.0f}",
-                    f"{peak / 1e9:.1f}" if peak else "–",
-                )
-            )
-        lines += table(("Recipe", *(width.upper() for width in widths), "Seconds", "Peak GB"), rows)
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return "\n".join([*lines, "", f"Measured with {versions}.", ""])
-
-
-QUESTIONS = {
-    "allocation": "Do bits by layer beat equal bits, and chance?",
-    "bridges": "Does Q-HyViT's reconstruction of bridges beat min-max and RepQ-ViT?",
-    "rounding": "How should weights be rounded? AdaRound, and the best practice of gradient-based quantization",
-}
-"""What each study of `benchmarks/studies.py` asks."""
-
-
-def studies(document: Mapping[str, Any]) -> str:
-    """A table for each question and model: what was tried, and its mean and range over draws of calibration images."""
-    settings, environment = document["settings"], document["environment"]
-    lines = [
-        "# Few bits: three questions",
-        "",
-        "Generated by `make docs` from `results/studies.json`, which `benchmarks/studies.py` measured, one question on "
-        "one model in one run. Simulated, as in [few-bits.md](few-bits.md).",
-        "",
-        f"{settings['test_images']} test images, {settings['calibration_images']} others to calibrate; where these "
-        "were drawn more than once, the mean over draws, and in brackets the least and the greatest. dB is the signal "
-        "to quantization noise of the logits, which tells apart what top-1 on so few images can't.",
-    ]
-    for study, of_study in groupby(document["entries"], key=lambda e: e["study"]):
-        lines += ["", f"## {QUESTIONS[study]}"]
-        for model, its in groupby(of_study, key=lambda e: e["model"]):
-            group = list(its)
-            lines += ["", f"{model}, {group[0]['top1_float_pct']:.1f} % in float32:", ""]
-            tried = {
-                name: [e for e in group if e["recipe"] == name] for name in dict.fromkeys(e["recipe"] for e in group)
-            }
-            rows = [(f"`{name}`", *_draws(found)) for name, found in tried.items()]
-            lines += table(("Tried", "Draws", "Top-1 %", "Logits, dB", "Seconds"), rows)
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return "\n".join([*lines, "", f"Measured on {environment['cpu']}; {versions}.", ""])
-
-
-def _draws(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """How many there are, and of each quantity the mean and, of several draws, the range."""
-    if errors := [entry["error"] for entry in found if "error" in entry]:
-        return (str(len(found)), f"failed: {errors[0]}", "–", "–")
-
-    def mean(key: str, digits: int) -> str:
-        values = [entry[key] for entry in found]
-        said = f"{sum(values) / len(values):.{digits}f}"
-        return said if len(values) == 1 else f"{said} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-    return (str(len(found)), mean("top1_pct", 1), mean("sqnr_db", 1), mean("seconds", 0))
-
-
-def formats(document: Mapping[str, Any]) -> str:
-    """For every engine what each format costs and gains on each model, and what follows from that."""
-    settings, entries, environment = document["settings"], document["entries"], document["environment"]
-    lines = [
-        "# Number formats: which for which engine",
-        "",
-        "Generated by `make docs` from `results/formats.json`, which `benchmarks/formats.py` measured.",
-        "",
-        f"Top-1 in percent of at most {settings['test_images']} test images, and how often the first choice is that of "
-        f"the untouched model; {settings['calibration_images']} other images calibrated. Speed is how many times "
-        "faster than FP32 a call with one image is on the same engine, from one interleaved run (90 % interval). "
-        "*Simulated* is what the engine has no kernels for: its arithmetic is in floating point, so no speed is told. "
-        "The last column is the share of the multiplications by weights whose kernel read them in 8 bits or fewer: "
-        "other weights are small in the file only, and become floating point again when it is opened. Where only "
-        "weights are rounded, engines read the same ones, and accuracy is that of the first.",
-    ]
-    advice, tables = [], []
-    for engine in dict.fromkeys(entry["engine"] for entry in entries):
-        its = [entry for entry in entries if entry["engine"] == engine]
-        advice += _advice(engine, its, entries)
-        for model in dict.fromkeys(entry["model"] for entry in its):
-            group = [entry for entry in its if entry["model"] == model]
-            plain = next((e.get("file_bytes") for e in group if e["format"] == "FP32"), None)
-            tables += ["", f"## {model} on {engine}", "", f"{group[0]['weights']}; {group[0]['data']}.", ""]
-            heading = ("Format", "Top-1 %", "Agreement %", "MB", "Smaller", "ms", "Speed", "Compressed MACs %")
-            tables += table(heading, [_format_row(entry, entries, plain) for entry in group])
-    lines += ["", "## Advice", "", *advice]
-    rule = (
-        f"By rule: of the formats that lose at most {MAX_DROP_PCT:g} point of a model's top-1 in FP32, the fastest "
-        "is the one whose interval of speed begins highest, and the smallest the one with the smallest file; each line "
-        "names the one that most models have in common, and on how many. A point on so few images can be chance."
-    )
-    threads = ", ".join(str(n) for n in sorted({e["threads"] for e in entries if "threads" in e}))
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    where = f"Measured on {environment['cpu']}" + (f", {threads} thread(s)" if threads else "") + f"; {versions}."
-    return "\n".join([*lines, "", rule, *tables, "", where, ""])
-
-
-def _advice(engine: str, its: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for speed and one for size, by what the numbers say of each model."""
-    fastest, smallest, models = list[str](), list[str](), list(dict.fromkeys(entry["model"] for entry in its))
-    for model in models:
-        group = [entry for entry in its if entry["model"] == model and "file_bytes" in entry]
-        exact = next((_accuracy(e, entries) for e in group if e["format"] == "FP32"), None)
-        kept = [
-            e for e in group if exact and _accuracy(e, entries).get("top1_pct", -1) >= exact["top1_pct"] - MAX_DROP_PCT
-        ]
-        timed = [e for e in kept if e.get("speedup_over_fp32")]
-        fastest += [max(timed, key=lambda e: e["speedup_over_fp32"]["low"])["format"]] if timed else []
-        runs = [e for e in kept if not e["simulated"]]
-        smallest += [min(runs, key=lambda e: e["file_bytes"])["format"]] if runs else []
-    lines = []
-    for what, found in (("speed", fastest), ("a small file", smallest)):
-        if found:
-            best = max(dict.fromkeys(found), key=found.count)
-            others = ", ".join(f"{name} on {found.count(name)}" for name in dict.fromkeys(found) if name != best)
-            lines.append(
-                f"- **{engine}**, for {what}: **{best}** (on {found.count(best)} of {len(models)} models"
-                + (f"; {others})." if others else ").")
-            )
-    return lines
-
-
-def _accuracy(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The entry that has this one's accuracy: itself, or that of another engine."""
-    if "accuracy_of" not in entry:
-        return entry
-    same = ("model", "format")
-    return next((e for e in entries if e["engine"] == entry["accuracy_of"] and all(e[k] == entry[k] for k in same)), {})
-
-
-def _format_row(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], plain: int | None) -> tuple[str, ...]:
-    if "error" in entry:
-        return (entry["format"], f"can't: {entry['error']}", *("–",) * 6)
-    found, ratio, size = _accuracy(entry, entries), entry.get("speedup_over_fp32"), entry["file_bytes"]
-    timed = "latency_ms" in entry
-    return (
-        entry["format"],
-        _pct(found, "top1_pct"),
-        _pct(found, "agreement_pct"),
-        f"{size / 1e6:.1f}",
-        f"{plain / size:.1f} ×" if plain else "–",
-        f"{entry['latency_ms']['median']:.2f}" if timed else "simulated" if entry["simulated"] else "–",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–",
-        f"{entry['compressed_macs_pct']:.0f}" if timed else "–",
-    )
-
-
-def _top1(entry: Mapping[str, Any] | None) -> float:
-    return entry.get("top1_pct", -1.0) if entry else -1.0
-
-
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return "–"
-    if "top1_pct" not in entry:
-        return "failed"
-    return f"{entry['top1_pct']:.1f}{'†' if entry.get('grid_images') == 'first' else ''}"
-
-
-def _entry(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return next((entry for entry in model["entries"] if entry["name"] == name), {})
-
-
-def _latency(entry: Mapping[str, Any]) -> str:
-    return f"{entry['latency_ms']['median']:.2f}" if entry.get("latency_ms") else "–"
-
-
-def _ratio(entry: Mapping[str, Any]) -> str:
-    ratio = entry.get("speedup_over_nncf")
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–"
-
-
-def _pct(found: Mapping[str, Any], key: str) -> str:
-    return "–" if found.get(key) is None else f"{found[key]:.1f}"
 
 
 def _same(path: Path, text: str) -> bool:
