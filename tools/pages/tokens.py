@@ -99,10 +99,11 @@ def _times(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{e['macs_float'] / e['macs']:.2f}",
             f"{e['speedup']['median']:.2f} ({e['speedup']['low']:.2f}–{e['speedup']['high']:.2f})",
             f"{e['goal']:g}",
+            f"{e['stage']}*: {1 - e['stage_ms']['fewer'] / e['stage_ms']['untouched']:.0%}" if "stage" in e else "–",
         )
         for e in entries
     ]
-    return table(("What", "Model", "Times fewer MACs", "Times as fast", "Its paper says"), rows)
+    return table(("What", "Model", "Times fewer MACs", "Times as fast", "Its paper says", "Less time in"), rows)
 
 
 def _gmacs(macs: int) -> str:
