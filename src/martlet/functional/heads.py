@@ -107,6 +107,10 @@ class UnitWeights:
             fc2_bias=None if self.fc2_bias is None else self.fc2_bias[kept],
         )
 
+    def onto(self, fc2: Tensor, fc2_bias: Tensor) -> UnitWeights:
+        """With another second Linear."""
+        return replace(self, fc2=fc2, fc2_bias=fc2_bias)
+
     def units(self, kept: Tensor) -> UnitWeights:
         """The units of these numbers (U',) alone."""
 

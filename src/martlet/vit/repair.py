@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from martlet.core.technique import Batches, Progress, silent
-from martlet.functional.heads import HeadWeights, UnitWeights, selection
+from martlet.functional.heads import HeadWeights, selection
 from martlet.functional.repair import Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.streams import Streams, Tap
@@ -77,10 +78,7 @@ def cut_and_repair_(
     first = min(cuts)
     old, new = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
     for twin in (old, new):
-        vit = view(twin)
-        for block in vit.blocks[first:]:
-            if _replaceable(vit, block):
-                write_attention_(vit, block, read_attention(block.attention))
+        replace_all_(twin, first)
     before, after = Streams(old, images), Streams(new, images)
     for _ in range(first):
         for _ in before.run({}, keep=True):
@@ -101,6 +99,14 @@ def cut_and_repair_(
         if _replaceable(vit, block):
             put_attention_(vit, block, read_attention(done.attention))
         write_mlp_(vit.blocks[number].mlp, read_mlp(done.mlp))
+
+
+def replace_all_(module: nn.Module, first: int) -> None:
+    """Puts the layer that cuts need in the place of every attention from a block on that it can replace."""
+    vit = view(module)
+    for block in vit.blocks[first:]:
+        if _replaceable(vit, block):
+            write_attention_(vit, block, read_attention(block.attention))
 
 
 def _replaceable(vit: VitView, block: BlockView) -> bool:
@@ -152,7 +158,9 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, 
         weights = _heads(cut, read_attention(block.attention))
         if cut.heads is not None:
             write_attention_(vit, block, weights)
-        weights = _rotated(after, cut, weights)
+        layer = view(after.module).blocks[after.done].attention.module
+        assert isinstance(layer, ShapedAttention)
+        weights = _shaped(head_statistics(after, layer), cut, weights)
         write_attention_(vit, view(after.module).blocks[after.done], weights)
     old, new = (view(streams.module).blocks[streams.done] for streams in (before, after))
     layers = [layer for each in (old, new) if isinstance(layer := each.attention.module, ShapedAttention)]
@@ -174,14 +182,25 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, 
     _copy_(layers[1].proj, found.weight, found.bias)
 
 
-def _rotated(after: Streams, cut: Cut, weights: HeadWeights) -> HeadWeights:
-    """q, k and v of the sizes of the cut: of the numbers that it names, or else of the best bases."""
-    heads, qk, v = weights.num_heads, weights.qk_dim, weights.v_dim
-    layer = view(after.module).blocks[after.done].attention.module
-    assert isinstance(layer, ShapedAttention)
+class HeadStatistics(NamedTuple):
+    """Of the heads of an attention on all images.
+
+    queries, keys: (H, D, D), sums of q qᵀ and of k kᵀ, each k without the mean of its image. outputs: (H, E, E), the
+    covariance of what heads give.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    outputs: Tensor
+
+
+def head_statistics(streams: Streams, layer: ShapedAttention) -> HeadStatistics:
+    """Of the block that is next, whose attention `layer` is."""
+    heads, qk, v = layer.num_heads, layer.qk_dim, layer.v_dim
     queries, keys = (torch.zeros(heads, qk, qk, dtype=torch.float64) for _ in range(2))
-    outputs, mean, count = torch.zeros(heads, v, v, dtype=torch.float64), torch.zeros(heads, v), 0
-    for seen in after.run({"qkv": (layer.qkv, "out"), "z": (layer.proj, "in")}):
+    outputs, mean = torch.zeros(heads, v, v, dtype=torch.float64), torch.zeros(heads, v, dtype=torch.float64)
+    count = 0
+    for seen in streams.run({"qkv": (layer.qkv, "out"), "z": (layer.proj, "in")}):
         q, k, _ = (seen["qkv"][..., rows].unflatten(-1, (heads, -1)) for rows in layer.rows)  # (B, N, H, D)
         k = k - k.mean(1, keepdim=True)
         queries += torch.einsum("bnhd,bnhe->hde", q, q)
@@ -190,22 +209,24 @@ def _rotated(after: Streams, cut: Cut, weights: HeadWeights) -> HeadWeights:
         outputs += torch.einsum("shd,she->hde", z, z)
         mean += z.sum(0)
         count += len(z)
-    if cut.shape.qk_dim < qk:
-        if cut.qk is None:
-            bases = score_bases(queries, keys)
-            size = cut.shape.qk_dim
-            weights = weights.scores_by(bases.first[..., :size], bases.second[..., :size])
-        else:
-            weights = weights.scores_by(score_fit(keys, cut.qk), selection(cut.qk, qk))
-    if cut.shape.v_dim < v:
-        if cut.v is None:
-            mean = mean.double() / count
-            covariance = outputs / count - mean[:, :, None] * mean[:, None]
-            bases = value_bases(covariance, weights.proj, cut.shape.v_dim)
-            weights = weights.values_by(bases.first, bases.second)
-        else:
-            pick = selection(cut.v, v)
-            weights = weights.values_by(pick, pick.mT)
+    mean /= count
+    return HeadStatistics(queries, keys, outputs / count - mean[:, :, None] * mean[:, None])
+
+
+def _shaped(found: HeadStatistics, cut: Cut, weights: HeadWeights) -> HeadWeights:
+    """q, k and v of the sizes of the cut: of the numbers that it names, or else of the best bases."""
+    size = cut.shape.qk_dim
+    if cut.qk is not None:
+        weights = weights.scores_by(score_fit(found.keys, cut.qk), selection(cut.qk, weights.qk_dim))
+    elif size < weights.qk_dim:
+        bases = score_bases(found.queries, found.keys)
+        weights = weights.scores_by(bases.first[..., :size], bases.second[..., :size])
+    if cut.v is not None:
+        pick = selection(cut.v, weights.v_dim)
+        weights = weights.values_by(pick, pick.mT)
+    elif cut.shape.v_dim < weights.v_dim:
+        bases = value_bases(found.outputs, weights.proj, cut.shape.v_dim)
+        weights = weights.values_by(bases.first, bases.second)
     return weights
 
 
@@ -230,7 +251,7 @@ def _cut_mlp_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge:
         kept = units_kept(removal_order(gram, ridge), cut.shape.hidden)
     weights = weights.units(kept)
     found = fit(gram, kept, weights.fc2, ridge)
-    write_mlp_(new.mlp, UnitWeights(**{**vars(weights), "fc2": found.weight, "fc2_bias": found.bias}))
+    write_mlp_(new.mlp, weights.onto(found.weight, found.bias))
 
 
 def _scale(part: Part | None) -> Tensor | float:
