@@ -16,7 +16,7 @@ from martlet.functional.repair import Gram, fit, removal_order, score_bases, uni
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.budget import Kind, Levels
 from martlet.vit.repair import RIDGE, HeadStatistics, head_statistics, replace_all_
-from martlet.vit.streams import Streams
+from martlet.vit.streams import First, Streams
 from martlet.vit.structure import read_attention, read_mlp, write_attention_, write_mlp_
 from martlet.vit.view import view
 
@@ -28,7 +28,7 @@ def measured_losses(
     module: nn.Module,
     levels: Mapping[Key, Sequence[int]],
     images: Batches,
-    batches: int,
+    measured_on: int,
     *,
     progress: Progress = silent,
 ) -> dict[Key, Levels]:
@@ -37,11 +37,12 @@ def measured_losses(
     Cuts are the best of their size that `functional/repair.py` knows: bases of q, k and v, and hidden units that the
     others replace, fc2 being fitted again.
 
-    levels: sizes to be left. batches: how many leading batches of the images losses are measured on; all of them say
-    what to cut.
+    levels: sizes to be left. measured_on: how many leading images losses are measured on, in whole batches; all images
+    say what to cut.
     """
     whole = copy.deepcopy(module).eval()
     replace_all_(whole, 0)
+    batches = sum(1 for _ in First(images, measured_on))
     streams, found = Streams(whole, images), dict[Key, Levels]()
     expected = [logits.log_softmax(-1) for logits in streams.logits(batches)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +21,26 @@ Tap = tuple[nn.Module, Literal["in", "out"]]
 
 class _Stop(Exception):
     """Raised in a forward pass that has seen enough."""
+
+
+@dataclass(frozen=True)
+class First:
+    """The first images of others, in whole batches, until there are so many."""
+
+    images: Batches
+    number: int
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(batch) for batch in self)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = 0
+        for batch in self.images:
+            yield batch
+            count += len(batch)
+            if count >= self.number:
+                return
 
 
 class Streams:

@@ -16,6 +16,7 @@ from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Stage, Technique
 from martlet.vit.reading import reading
 from martlet.vit.repair import cut_and_repair_
+from martlet.vit.streams import First
 from martlet.vit.structure import record_of, remove_block_, restore_structure_
 from martlet.vit.view import VitView, view
 
@@ -116,12 +117,8 @@ def _last_tokens(module: torch.nn.Module, vit: VitView, images: Batches) -> list
 
     handle = vit.blocks[-1].module.register_forward_hook(note)
     try:
-        count = 0
-        for batch in images:
+        for batch in First(images, IMAGES):
             module(batch)
-            count += len(batch)
-            if count >= IMAGES:
-                break
     finally:
         handle.remove()
     return found

@@ -7,18 +7,21 @@ from typing import ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
-from martlet.core.technique import Batches, Context
+from martlet.core.technique import Context
 from martlet.vit.budget import SIZES, Kind, allocate, between, works
 from martlet.vit.pruning import Pruning
 from martlet.vit.repair import Cut
 from martlet.vit.sensitivity import measured_losses
+from martlet.vit.streams import First
 from martlet.vit.structure import BlockShape, shape_of
 from martlet.vit.view import VitView
 
 SHARES = (0.83, 0.67, 0.5, 0.375, 0.25, 0.125)
 """What is left of a size where its loss is measured."""
 IMAGES = 48
-"""How many of the calibration images losses are measured on; cuts are fitted to all."""
+"""How many of the calibration images losses are measured on."""
+FITTED = 200
+"""How many of them the cuts are fitted to whose losses are measured; those that are made are fitted to all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,10 @@ class ZipLM(Pruning):
             raise RecipeError(f"{self.name}: groups can be qk, v and hidden; a head goes as its dimensions do")
 
     def cuts(self, model: Model, vit: VitView, context: Context, total: int) -> dict[int, Cut]:
-        images = context.calibration(self)
+        images = First(context.calibration(self), FITTED)
         keys = self.cuttable(vit)
         levels = {(i, kind): self._levels(shape_of(vit.blocks[i]), kind) for i, kind in keys}
-        measured = measured_losses(model.module, levels, images, _batches(images), progress=context.progress)
+        measured = measured_losses(model.module, levels, images, IMAGES, progress=context.progress)
         losses = {
             (i, kind): between(
                 {getattr(shape_of(vit.blocks[i]), SIZES[kind]): 0.0, **found},
@@ -84,13 +87,3 @@ class ZipLM(Pruning):
         return sorted(
             {min(allowed, key=lambda left: abs(left - share * now)) for share in SHARES if allowed}, reverse=True
         )
-
-
-def _batches(images: Batches) -> int:
-    """How many hold IMAGES of them, or all."""
-    count = 0
-    for number, batch in enumerate(images, 1):
-        count += len(batch)
-        if count >= IMAGES:
-            return number
-    return number
