@@ -84,7 +84,14 @@ def compress(
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
     kept = Kept.beside(out)
-    context = Context(seed=seed, int8=target.int8, precisions=target.alternatives(), progress=progress, kept=kept)
+    context = Context(
+        seed=seed,
+        engine=target.name,
+        int8=target.int8,
+        precisions=target.alternatives(),
+        progress=progress,
+        kept=kept,
+    )
     for technique in recipe.passes:
         technique.check_engine(context)
     with clock("load"):

@@ -117,6 +117,7 @@ class Int8Form:
 class Context:
     """What a technique may use besides the model: images, a seed, the engine's wishes, a place to report progress.
 
+    engine: the name of the engine that is meant; empty if none is.
     precisions: those of PRECISIONS that the engine computes fast in on this machine; all, if no engine is meant.
     kept: where work that takes long leaves what it has done, in case it is stopped; None keeps nothing.
     training: what models are trained on, apart from what they are tested on; None if there is none.
@@ -127,6 +128,7 @@ class Context:
     training: Examples | None = None
     teacher: Model | None = None
     seed: int = 0
+    engine: str = ""
     int8: Int8Form = dataclasses.field(default_factory=Int8Form)
     precisions: tuple[str, ...] = PRECISIONS
     progress: Progress = silent

@@ -148,9 +148,13 @@ class Space(ABC, Generic[C]):
         return Recipe((*self.recipe.passes[: self.position], *techniques, *self.recipe.passes[self.position + 1 :]))
 
     def context(self, images: Batches) -> Context:
-        precisions = self.engine.alternatives()
         return Context(
-            images=images, seed=self.seed, int8=self.engine.int8, precisions=precisions, progress=self.progress
+            images=images,
+            seed=self.seed,
+            engine=self.engine.name,
+            int8=self.engine.int8,
+            precisions=self.engine.alternatives(),
+            progress=self.progress,
         )
 
     def compressed(self, chosen: C, images: Batches) -> Model:

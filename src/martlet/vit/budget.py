@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,6 +92,20 @@ class Step(NamedTuple):
     left: int
 
 
+def between(measured: Levels, sizes: Sequence[int]) -> Levels:
+    """Losses of more sizes, on straight lines between those measured; of sizes below the smallest, none."""
+    known = sorted(measured)
+    found = {}
+    for size in sizes:
+        above = bisect.bisect_left(known, size)
+        if known[0] <= size <= known[-1]:
+            upper = known[above]
+            lower = size if upper == size else known[above - 1]
+            share = 0.0 if upper == lower else (upper - size) / (upper - lower)
+            found[size] = measured[upper] + share * (measured[lower] - measured[upper])
+    return found
+
+
 def allocate(
     technique: str,
     vit: VitView,
@@ -110,17 +125,27 @@ def allocate(
     """
     shapes = [shape_of(block) for block in vit.blocks]
     start = sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
-    removed = 0
-    while removed < prune_ratio * total:
+
+    def removed() -> int:
+        return start - sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+
+    step = None
+    while removed() < prune_ratio * total:
         steps = [step for (i, kind), levels in losses.items() if (step := _next(each[i], shapes[i], i, kind, levels))]
         if not steps:
             raise RecipeError(
                 f"{technique}: prune_ratio {prune_ratio:g} would empty layers such as those of {vit.blocks[0].name}; "
-                f"at most {removed / total:.0%} of the MACs can go from {', '.join(_kinds(losses))}"
+                f"at most {removed() / total:.0%} of the MACs can go from {', '.join(_kinds(losses))}"
             )
         step = min(steps)
         shapes[step.block] = replace(shapes[step.block], **{SIZES[step.kind]: step.left})
-        removed = start - sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+    for left in sorted(losses[step.block, step.kind]) if step else ():  # of the last cut, no more than is needed
+        if left > step.left:
+            enough = shapes[step.block]
+            shapes[step.block] = replace(enough, **{SIZES[step.kind]: left})
+            if removed() < prune_ratio * total:
+                shapes[step.block] = enough
+                break
     return shapes
 
 

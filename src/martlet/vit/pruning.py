@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -19,7 +19,7 @@ from martlet.vit.repair import Cut, cut_, cut_and_repair_
 from martlet.vit.structure import BlockShape, check_attention, record_of, restore_structure_, shape_of
 from martlet.vit.view import VitView, view
 
-__all__ = ["Kind", "Levels", "Pruning", "ScoredPruning", "Scores"]
+__all__ = ["Kind", "Levels", "Pruning", "ScoredPruning", "Scores", "cuts_of"]
 
 Scores = Mapping[tuple[int, Kind], Tensor]
 """By block and kind, what is lost with each unit: heads (H,), qk (H, D), v (H, E), hidden (U,)."""
@@ -143,17 +143,22 @@ class ScoredPruning(Pruning):
             for key, score in scores.items()
         }
         shapes = allocate(self.name, vit, works(model, vit), losses, self.prune_ratio, total)
-        return {
-            i: _numbers(i, shape, shape_of(block), scores)
-            for i, (shape, block) in enumerate(zip(shapes, vit.blocks, strict=True))
-            if shape != shape_of(block)
-        }
+        return cuts_of(vit, shapes, scores)
 
     def cut_(self, model: Model, vit: VitView, cuts: Mapping[int, Cut], context: Context) -> None:
         if self.repair:
             super().cut_(model, vit, cuts, context)
         else:
             cut_(model.module, cuts)
+
+
+def cuts_of(vit: VitView, shapes: Sequence[BlockShape], scores: Scores) -> dict[int, Cut]:
+    """Of each block that gets smaller, the units of the greatest scores."""
+    return {
+        i: _numbers(i, shape, shape_of(block), scores)
+        for i, (shape, block) in enumerate(zip(shapes, vit.blocks, strict=True))
+        if shape != shape_of(block)
+    }
 
 
 def _lost(score: Tensor, left: int) -> float:

@@ -7,8 +7,9 @@ as it was. So a block also repairs what those before it have lost.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from martlet.vit.structure import (
     put_attention_,
     read_attention,
     read_mlp,
+    remove_block_,
     shape_of,
     write_attention_,
     write_mlp_,
@@ -31,6 +33,10 @@ from martlet.vit.view import BlockView, Part, VitView, view
 
 RIDGE = 1e-4
 """Relative to the mean square of an input: how strongly weights are held to what they were."""
+
+
+SMALL = 1e-3
+"""Of the greatest of some factors: what is no more than that isn't divided by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,34 +72,41 @@ def cut_and_repair_(
     cuts: Mapping[int, Cut],
     images: Batches,
     *,
+    removed: Collection[int] = (),
     num_read: int | None = None,
     ridge: float = RIDGE,
     progress: Progress = silent,
 ) -> None:
     """Cuts, and repairs from the first cut block to the last of the model.
 
+    removed: blocks to take out; none may be the first. The hidden units of a removed block are offered to the block
+    before it, which keeps as many as it had, of both, and learns to do the work of both.
     num_read: how many leading tokens of the last block are read, as in `Reading`.
     """
-    first = min(cuts)
+    whole = view(module).blocks
+    numbers = [i for i in range(len(whole)) if i not in removed]  # of the blocks that stay
+    skipped = [after - i - 1 for i, after in zip(numbers, [*numbers[1:], len(whole)], strict=True)]
+    grafts = {i: _graft(whole[i], whole[i + 1]) for i, count in zip(numbers, skipped, strict=True) if count}
+    first = min([*cuts, *grafts])
     old, new = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
     for twin in (old, new):
-        vit = view(twin)
-        for block in vit.blocks[first:]:
-            if _replaceable(vit, block):
-                write_attention_(vit, block, read_attention(block.attention))
+        replace_all_(twin, first)
+    for twin in (new, module):
+        for i in sorted(removed, reverse=True):
+            remove_block_(view(twin), i)
     before, after = Streams(old, images), Streams(new, images)
     for _ in range(first):
         for _ in before.run({}, keep=True):
             pass
     after.after, after.done = list(before.after), first
-    depth = len(view(module).blocks)
-    for number in range(first, depth):
-        progress("repairing blocks", number, depth)
-        cut = cuts.get(number) or Cut(shape_of(view(new).blocks[number]))
-        weigh = _Weights(num_read if number == depth - 1 else None)
-        if _replaceable(view(new), view(new).blocks[number]):
+    for number in range(first, len(numbers)):
+        progress("repairing blocks", number, len(numbers))
+        block = view(new).blocks[number]
+        cut = cuts.get(numbers[number]) or Cut(shape_of(block))
+        weigh = _Weights(num_read if number == len(numbers) - 1 else None)
+        if _replaceable(view(new), block):
             _cut_attention_(before, after, cut, weigh, ridge)
-        _cut_mlp_(before, after, cut, weigh, ridge)
+        _cut_mlp_(before, after, cut, weigh, ridge, grafts.get(numbers[number]), skipped[number])
         for _ in after.run({}, keep=True):
             pass
         vit, done = view(module), view(new).blocks[number]
@@ -101,6 +114,33 @@ def cut_and_repair_(
         if _replaceable(vit, block):
             put_attention_(vit, block, read_attention(done.attention))
         write_mlp_(vit.blocks[number].mlp, read_mlp(done.mlp))
+
+
+def _graft(block: BlockView, gone: BlockView) -> UnitWeights | None:
+    """The hidden units of a block that goes, as they read the norm of the block before it; None where a norm over the
+    units, or a norm behind the MLP, ties them to the others.
+
+    Both norms make the same of a token but for factor and shift, which the weights take over.
+    """
+    if gone.post_norm or gone.mlp.norm or block.mlp.norm:
+        return None
+    units = read_mlp(gone.mlp)
+    factors, shifts = zip(*(_affine(each.norm2.module) for each in (block, gone)), strict=True)
+    safe = torch.where(factors[0].abs() < SMALL * factors[0].abs().max(), torch.inf, factors[0])
+    return units.reading(factors[1] / safe, shifts[1] - factors[1] / safe * shifts[0])
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    weight, bias = norm.get_parameter("weight").detach().double(), getattr(norm, "bias", None)
+    return weight, torch.zeros_like(weight) if bias is None else bias.detach().double()
+
+
+def replace_all_(module: nn.Module, first: int) -> None:
+    """Puts the layer that cuts need in the place of every attention from a block on that it can replace."""
+    vit = view(module)
+    for block in vit.blocks[first:]:
+        if _replaceable(vit, block):
+            write_attention_(vit, block, read_attention(block.attention))
 
 
 def _replaceable(vit: VitView, block: BlockView) -> bool:
@@ -152,7 +192,9 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, 
         weights = _heads(cut, read_attention(block.attention))
         if cut.heads is not None:
             write_attention_(vit, block, weights)
-        weights = _rotated(after, cut, weights)
+        layer = view(after.module).blocks[after.done].attention.module
+        assert isinstance(layer, ShapedAttention)
+        weights = _shaped(head_statistics(after, layer), cut, weights)
         write_attention_(vit, view(after.module).blocks[after.done], weights)
     old, new = (view(streams.module).blocks[streams.done] for streams in (before, after))
     layers = [layer for each in (old, new) if isinstance(layer := each.attention.module, ShapedAttention)]
@@ -174,14 +216,25 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, 
     _copy_(layers[1].proj, found.weight, found.bias)
 
 
-def _rotated(after: Streams, cut: Cut, weights: HeadWeights) -> HeadWeights:
-    """q, k and v of the sizes of the cut: of the numbers that it names, or else of the best bases."""
-    heads, qk, v = weights.num_heads, weights.qk_dim, weights.v_dim
-    layer = view(after.module).blocks[after.done].attention.module
-    assert isinstance(layer, ShapedAttention)
+class HeadStatistics(NamedTuple):
+    """Of the heads of an attention on all images.
+
+    queries, keys: (H, D, D), sums of q qᵀ and of k kᵀ, each k without the mean of its image. outputs: (H, E, E), the
+    covariance of what heads give.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    outputs: Tensor
+
+
+def head_statistics(streams: Streams, layer: ShapedAttention) -> HeadStatistics:
+    """Of the block that is next, whose attention `layer` is."""
+    heads, qk, v = layer.num_heads, layer.qk_dim, layer.v_dim
     queries, keys = (torch.zeros(heads, qk, qk, dtype=torch.float64) for _ in range(2))
-    outputs, mean, count = torch.zeros(heads, v, v, dtype=torch.float64), torch.zeros(heads, v), 0
-    for seen in after.run({"qkv": (layer.qkv, "out"), "z": (layer.proj, "in")}):
+    outputs, mean = torch.zeros(heads, v, v, dtype=torch.float64), torch.zeros(heads, v, dtype=torch.float64)
+    count = 0
+    for seen in streams.run({"qkv": (layer.qkv, "out"), "z": (layer.proj, "in")}):
         q, k, _ = (seen["qkv"][..., rows].unflatten(-1, (heads, -1)) for rows in layer.rows)  # (B, N, H, D)
         k = k - k.mean(1, keepdim=True)
         queries += torch.einsum("bnhd,bnhe->hde", q, q)
@@ -190,39 +243,54 @@ def _rotated(after: Streams, cut: Cut, weights: HeadWeights) -> HeadWeights:
         outputs += torch.einsum("shd,she->hde", z, z)
         mean += z.sum(0)
         count += len(z)
-    if cut.shape.qk_dim < qk:
-        if cut.qk is None:
-            bases = score_bases(queries, keys)
-            size = cut.shape.qk_dim
-            weights = weights.scores_by(bases.first[..., :size], bases.second[..., :size])
-        else:
-            weights = weights.scores_by(score_fit(keys, cut.qk), selection(cut.qk, qk))
-    if cut.shape.v_dim < v:
-        if cut.v is None:
-            mean = mean.double() / count
-            covariance = outputs / count - mean[:, :, None] * mean[:, None]
-            bases = value_bases(covariance, weights.proj, cut.shape.v_dim)
-            weights = weights.values_by(bases.first, bases.second)
-        else:
-            pick = selection(cut.v, v)
-            weights = weights.values_by(pick, pick.mT)
+    mean /= count
+    return HeadStatistics(queries, keys, outputs / count - mean[:, :, None] * mean[:, None])
+
+
+def _shaped(found: HeadStatistics, cut: Cut, weights: HeadWeights) -> HeadWeights:
+    """q, k and v of the sizes of the cut: of the numbers that it names, or else of the best bases."""
+    size = cut.shape.qk_dim
+    if cut.qk is not None:
+        weights = weights.scores_by(score_fit(found.keys, cut.qk), selection(cut.qk, weights.qk_dim))
+    elif size < weights.qk_dim:
+        bases = score_bases(found.queries, found.keys)
+        weights = weights.scores_by(bases.first[..., :size], bases.second[..., :size])
+    if cut.v is not None:
+        pick = selection(cut.v, weights.v_dim)
+        weights = weights.values_by(pick, pick.mT)
+    elif cut.shape.v_dim < weights.v_dim:
+        bases = value_bases(found.outputs, weights.proj, cut.shape.v_dim)
+        weights = weights.values_by(bases.first, bases.second)
     return weights
 
 
-def _cut_mlp_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float) -> None:
+def _cut_mlp_(
+    before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float, graft: UnitWeights | None, skipped: int
+) -> None:
+    """graft: units that may take the place of the block's own. skipped: blocks that follow it in the whole model only,
+    whose work it has to do too.
+    """
     old, new = (view(streams.module).blocks[streams.done] for streams in (before, after))
     weights = read_mlp(new.mlp)
+    if graft is not None:
+        weights = weights.beside(graft)
+        write_mlp_(new.mlp, weights)
+        new = view(after.module).blocks[after.done]
     gram = Gram(weights.num_units, weights.fc2.shape[0])
-    scale = _scale(new.layer_scale2)
-    taps: list[dict[str, Tap]] = [{"y": (old.mlp.fc2.module, "out")}, {"z": (new.mlp.fc2.module, "in")}]
-    if not new.post_norm:  # there the norm comes after, and reads what fc2 gives
-        for tap, block in zip(taps, (old, new), strict=True):
-            tap["x"] = (block.norm2.module, "in")
-    for was, now in zip(before.run(taps[0], keep=True), after.run(taps[1]), strict=True):
-        y = was["y"]
-        if not new.post_norm:
-            y = y + (was["x"] - now["x"]).view_as(y) * scale
-        gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), weigh(now["z"]))
+    taps: dict[str, Tap] = {"z": (new.mlp.fc2.module, "in")}
+    if not new.post_norm:
+        taps["x"] = (new.norm2.module, "in")
+    outputs = [seen["y"] for seen in before.run({"y": (old.mlp.fc2.module, "out")}, keep=True)] if new.post_norm else []
+    for _ in range(skipped if new.post_norm else skipped + 1):
+        for _ in before.run({}, keep=True):
+            pass
+    for i, seen in enumerate(after.run(taps)):
+        if new.post_norm:  # the norm comes after, and reads what fc2 gives
+            y = outputs[i]
+        else:
+            out = before.after[i][0] if isinstance(before.after[i], tuple) else before.after[i]
+            y = (out - seen["x"].view_as(out)) * _scale(new.layer_scale2)
+        gram.add_(seen["z"].flatten(0, -2), y.flatten(0, -2), weigh(seen["z"]))
     kept = torch.arange(weights.num_units)
     if cut.hidden is not None:
         kept = cut.hidden
@@ -230,7 +298,7 @@ def _cut_mlp_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge:
         kept = units_kept(removal_order(gram, ridge), cut.shape.hidden)
     weights = weights.units(kept)
     found = fit(gram, kept, weights.fc2, ridge)
-    write_mlp_(new.mlp, UnitWeights(**{**vars(weights), "fc2": found.weight, "fc2_bias": found.bias}))
+    write_mlp_(new.mlp, weights.onto(found.weight, found.bias))
 
 
 def _scale(part: Part | None) -> Tensor | float:
@@ -239,7 +307,7 @@ def _scale(part: Part | None) -> Tensor | float:
         return 1.0
     [gamma] = part.module.parameters()
     gamma = gamma.detach()
-    small = gamma.abs() < 1e-3 * gamma.abs().max()  # where hardly anything goes through, nothing can be repaired
+    small = gamma.abs() < SMALL * gamma.abs().max()  # where hardly anything goes through, nothing can be repaired
     return torch.where(small, 0, 1 / gamma)
 
 

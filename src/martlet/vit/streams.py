@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +21,26 @@ Tap = tuple[nn.Module, Literal["in", "out"]]
 
 class _Stop(Exception):
     """Raised in a forward pass that has seen enough."""
+
+
+@dataclass(frozen=True)
+class First:
+    """The first images of others, in whole batches, until there are so many."""
+
+    images: Batches
+    number: int
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(batch) for batch in self)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = 0
+        for batch in self.images:
+            yield batch
+            count += len(batch)
+            if count >= self.number:
+                return
 
 
 class Streams:
@@ -58,11 +80,7 @@ class Streams:
             else:
                 handles.append(module.register_forward_hook(partial(_gave, watch, name)))
         try:
-            for i, images in enumerate(self.images):
-                for block in blocks[: number - 1] if number else ():
-                    block.module.forward = _pass_as(self.after[i])
-                if number:
-                    blocks[number - 1].module.forward = lambda *_, i=i, **__: self.after[i]
+            for images in self._resumed():
                 seen.clear()
                 with suppress(_Stop):
                     self.module(images)
@@ -70,10 +88,32 @@ class Streams:
         finally:
             for handle in handles:
                 handle.remove()
-            for block in blocks[:number]:
-                block.module.__dict__.pop("forward", None)
         if keep:
             self.after, self.done = after, number + 1
+
+    @torch.no_grad()
+    def logits(self, batches: int) -> Iterator[Tensor]:
+        """What the model gives for the first batches, block number `done` and all later ones being run as they are."""
+        with closing(self._resumed()) as resumed:
+            for images in itertools.islice(resumed, batches):
+                yield self.module(images)
+
+    def _resumed(self) -> Iterator[Tensor]:
+        """Images by batch, for a forward pass in which blocks before number `done` do nothing but give what they gave.
+
+        Of each batch after the first block one image is enough: what becomes of it is not looked at.
+        """
+        blocks = view(self.module).blocks[: self.done]
+        try:
+            for i, images in enumerate(self.images):
+                for block in blocks[:-1]:
+                    block.module.forward = _pass_as(self.after[i])
+                for block in blocks[-1:]:
+                    block.module.forward = lambda *_, i=i, **__: self.after[i]
+                yield images[:1] if self.done else images
+        finally:
+            for block in blocks:
+                block.module.__dict__.pop("forward", None)
 
 
 def _given(watch: Callable[[str, Any], None], name: str, _module: nn.Module, args: object) -> None:

@@ -44,39 +44,46 @@ def size(map_: LinearView) -> int:
     return map_.rows.stop - map_.rows.start
 
 
-def read_attention(attention: AttentionView) -> HeadWeights:
-    """Copies, in float64."""
+def read_attention(attention: AttentionView, gradients: bool = False) -> HeadWeights:
+    """Copies, in float64; of gradients if they are asked for, without positions."""
     heads = attention.num_heads
 
     def by_head(map_: LinearView) -> tuple[Tensor, Tensor]:
-        weight, bias = _double(map_.weight), map_.bias
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else _double(bias)
+        weight, bias = _read(map_, gradients)
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return weight.unflatten(0, (heads, -1)), bias.unflatten(0, (heads, -1))
 
-    proj, bias = _double(attention.proj.weight), attention.proj.bias
+    proj, bias = _read(attention.proj, gradients)
     return HeadWeights(
         *by_head(attention.query),
         *by_head(attention.key),
         *by_head(attention.value),
         proj.unflatten(1, (heads, -1)),
-        proj.new_zeros(proj.shape[0]) if bias is None else _double(bias),
-        None if attention.window is None else _double(attention.window.position_bias()),
+        proj.new_zeros(proj.shape[0]) if bias is None else bias,
+        None if attention.window is None or gradients else _double(attention.window.position_bias()),
     )
 
 
-def read_mlp(mlp: MlpView) -> UnitWeights:
-    """Copies, in float64."""
-    gate, norm = mlp.gate, None if mlp.norm is None else cast(nn.LayerNorm, mlp.norm.module)
+def read_mlp(mlp: MlpView, gradients: bool = False) -> UnitWeights:
+    """Copies, in float64; of gradients if they are asked for, without the norm's."""
+    norm = None if mlp.norm is None or gradients else cast(nn.LayerNorm, mlp.norm.module)
     return UnitWeights(
-        _double(mlp.fc1.weight),
-        _maybe(mlp.fc1.bias),
-        _double(mlp.fc2.weight),
-        _maybe(mlp.fc2.bias),
-        None if gate is None else _double(gate.weight),
-        None if gate is None else _maybe(gate.bias),
+        *_read(mlp.fc1, gradients),
+        *_read(mlp.fc2, gradients),
+        *(_read(mlp.gate, gradients) if mlp.gate else (None, None)),
         None if norm is None else _maybe(norm.weight),
         None if norm is None else _maybe(norm.bias),
     )
+
+
+def _read(map_: LinearView, gradients: bool) -> tuple[Tensor, Tensor | None]:
+    weight, bias = map_.weight, map_.bias
+    if gradients:
+        weight, bias = (
+            None if (p := getattr(map_.module, name)) is None else p.grad[map_.rows]
+            for name in (map_.weight_name, map_.bias_name)
+        )
+    return _double(cast(Tensor, weight)), _maybe(bias)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.saliency import squares, unit_squares
+from martlet.functional.saliency import each, head_sums, unit_sums
 from martlet.vit.pruning import Kind, ScoredPruning, Scores
 from martlet.vit.structure import read_attention, read_mlp
 from martlet.vit.view import VitView
@@ -40,13 +43,12 @@ class Magnitude(ScoredPruning):
     paper: ClassVar[str] = "Han et al., Learning both Weights and Connections, 2015, arXiv 1506.02626"
 
     def scores(self, model: Model, vit: VitView, context: Context) -> Scores:
-        found = dict[tuple[int, Kind], object]()
+        found = dict[tuple[int, Kind], Tensor]()
         for i, kind in self.cuttable(vit):
             block = vit.blocks[i]
-            score = (
-                unit_squares(read_mlp(block.mlp))
-                if kind == "hidden"
-                else squares(read_attention(block.attention))[kind]
-            )
+            if kind == "hidden":
+                score = unit_sums(each(torch.square, read_mlp(block.mlp)))
+            else:
+                score = head_sums(each(torch.square, read_attention(block.attention)))[kind]
             found[i, kind] = score / score.mean()
-        return found  # type: ignore[return-value]
+        return found

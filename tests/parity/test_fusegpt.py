@@ -1,0 +1,140 @@
+"""fusegpt takes out the block, and keeps and weighs the units of the pair, that loops over all choices find."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from martlet.core import pipeline
+from martlet.core.errors import RecipeError
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context
+from martlet.source import load_model
+from martlet.techniques.prune.fusegpt import FuseGPT, influence
+from martlet.vit.repair import RIDGE
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 0.5}
+UNITS, TOKENS = 6, 5
+
+
+class Noise:
+    num_images = 24
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(4):
+            yield torch.randn(6, 3, 16, 16, generator=generator)
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    found = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY, num_classes=5, seed=3)
+    for parameter in found.module.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.5)
+    for linear in (found.module.blocks[1].attn.proj, found.module.blocks[1].mlp.fc2):  # type: ignore[index, union-attr]
+        linear.weight.mul_(0.5)
+        linear.bias.mul_(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def fused() -> Model:
+    return pipeline.run(model(), Recipe((FuseGPT(blocks=1),)), Context(images=Noise()))
+
+
+def by_hand(module: nn.Module, last: bool = True) -> dict[int, float]:
+    """How far the last tokens turn without each block; as a fault, the tokens after the block itself."""
+    angles = {}
+    for number in (1, 2):
+        total = count = 0.0
+        for images in Noise():
+            whole = without = module._pos_embed(module.patch_embed(images))  # type: ignore[operator]
+            for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
+                if last or i <= number:
+                    whole = block(whole)
+                    without = without if i == number else block(without)
+            for a, b in zip(whole.flatten(0, 1).tolist(), without.flatten(0, 1).tolist(), strict=True):
+                dot = sum(p * q for p, q in zip(a, b, strict=True))
+                total += dot / (sum(p * p for p in a) * sum(q * q for q in b)) ** 0.5
+                count += 1
+        angles[number] = 1 - total / count
+    return angles
+
+
+def pair(module: nn.Module, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """For every token after the attention of a block: hidden units of its MLP and of the next one's, and what brings
+    the token to where both blocks bring it."""
+    units, targets = [], []
+    for images in Noise():
+        x = module._pos_embed(module.patch_embed(images))  # type: ignore[operator]
+        for block in module.blocks[:first]:  # type: ignore[index]
+            x = block(x)
+        one, two = module.blocks[first], module.blocks[first + 1]  # type: ignore[index]
+        middle = x + one.attn(one.norm1(x))
+        hidden = [each.mlp.act(each.mlp.fc1(each.norm2(middle))) for each in (one, two)]
+        units.append(torch.cat(hidden, -1).flatten(0, 1))
+        targets.append((two(one(x)) - middle).flatten(0, 1))
+    return torch.cat(units).double().numpy(), torch.cat(targets).double().numpy()
+
+
+def left_over(x: np.ndarray, y: np.ndarray, pull: float) -> float:
+    rows = np.concatenate([np.concatenate([x, np.ones((len(x), 1))], 1), np.eye(x.shape[1] + 1)[:-1] * pull**0.5])
+    target = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+    return float(((rows @ np.linalg.lstsq(rows, target, rcond=None)[0] - target) ** 2).sum())
+
+
+def kept_by_hand(module: nn.Module, first: int) -> list[int]:
+    """Of the units of both MLPs, as many as one had: always that goes without which the best fit is least bad."""
+    x, y = pair(module, first)
+    pull, kept = RIDGE * float((x**2).sum(0).mean()), list(range(2 * UNITS))
+    while len(kept) > UNITS:
+        costs = {u: left_over(x[:, [k for k in kept if k != u]], y, pull) for u in kept}
+        kept.remove(min(costs, key=costs.__getitem__))
+    return kept
+
+
+def test_influence_is_the_one_found_by_hand(fused: Model) -> None:
+    module = model().module
+    found, expected = influence(module, Noise()), by_hand(module)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert fused.steps[0].record["removed"] == [min(expected, key=expected.__getitem__)] == [1]
+    assert found != pytest.approx(by_hand(module, last=False), rel=1e-3)  # so this can fail
+
+
+def test_units_of_both_blocks_are_those_found_by_hand(fused: Model) -> None:
+    """The first pair: attention before it has lost nothing, so what comes in is what the whole model has."""
+    whole = model().module
+    one, two = whole.blocks[0], whole.blocks[1]  # type: ignore[index]
+    kept = kept_by_hand(whole, 0)
+    assert set(kept) - set(range(UNITS))  # some of the removed block's
+    assert set(kept) & set(range(UNITS))
+    factor = two.norm2.weight / one.norm2.weight
+    rows = torch.cat([one.mlp.fc1.weight, two.mlp.fc1.weight * factor])
+    torch.testing.assert_close(fused.module.blocks[0].mlp.fc1.weight, rows[kept], rtol=1e-4, atol=1e-5)  # type: ignore[index, union-attr]
+    others = [u for u in range(2 * UNITS) if u not in kept]
+    assert not torch.allclose(fused.module.blocks[0].mlp.fc1.weight, rows[others], rtol=1e-2)  # type: ignore[index, union-attr]
+
+
+def test_fusing_loses_less_than_leaving_out(fused: Model) -> None:
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    whole, without = model().module, copy.deepcopy(model().module)
+    del without.blocks[1]  # type: ignore[operator]
+    expected = whole(images)
+    lost = [(each(images) - expected).norm() for each in (fused.module, without)]
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_blocks_that_have_to_stay_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"^fusegpt: 3 of 3 blocks can't go; blocks\.0.* at most 2 can"):
+        pipeline.run(model(), Recipe((FuseGPT(blocks=3),)), Context(images=Noise()))
+    with pytest.raises(RecipeError, match="blocks is how many to take out, not -1"):
+        FuseGPT(blocks=-1)
+
+
+def test_none_taken_out_is_the_original_to_the_bit() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    same = pipeline.run(model(), Recipe((FuseGPT(blocks=0),)), Context(images=Noise()))
+    assert torch.equal(same.module(images), model().module(images))
