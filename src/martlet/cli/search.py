@@ -12,7 +12,7 @@ from typer import Context, Option
 from martlet.cli.compress import GATE_FAILED
 from martlet.cli.options import ImageOptions, Json, ModelOptions, Seed, Spec, Threads
 from martlet.cli.stop import Stopped
-from martlet.cli.terminal import emit, note, show, table, working
+from martlet.cli.terminal import emit, note, show, working
 from martlet.core import store
 from martlet.core.errors import UsageError
 
@@ -90,23 +90,18 @@ def search(
     if json:
         emit(found.document)
     else:
+        from martlet.recipe_search.folder import DOCUMENT, PAGE
+        from martlet.report.terminal_front import Front
+
         show(
-            _front(found.document), found.why, "", f"Artifact  {found.winner.path}", f"Record    {out / 'search.json'}"
+            Front(found.document),
+            found.why,
+            "",
+            f"Artifact  {found.winner.path}",
+            f"Page      {out / PAGE}",
+            f"Record    {out / DOCUMENT}",
         )
     return 0 if found.kept else GATE_FAILED
-
-
-def _front(document: dict) -> object:
-    """The front on held-out images, the fastest first, with what it is compared with."""
-    rows = []
-    points = [p for p in document["points"] if p["stage"] == "final"]
-    for p in sorted(points, key=lambda p: p["values"]["latency_ms"]["value"]):
-        values = {axis: its["value"] for axis, its in p["values"].items()}
-        mark = "winner" if p["winner"] else p["kind"] if p["kind"] != "candidate" else ""
-        numbers = f"{values['latency_ms']:.2f}", f"{values['drop_pct']:.2f}", f"{values['file_bytes'] / 1e6:.2f}"
-        rows.append((str(p["id"]), mark, *numbers, p["label"]))
-    numbers = ("id", "ms", "points lost", "MB")
-    return table(("id", "", "ms", "points lost", "MB", "recipe"), rows, numbers)
 
 
 def _peer(text: str) -> tuple[str, str]:

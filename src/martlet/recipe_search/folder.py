@@ -25,7 +25,7 @@ from martlet.core.errors import ArtifactError, UsageError
 from martlet.recipe_search.record import write
 
 VERSION = 2
-JOB, DOCUMENT, WINNER = "job.json", "search.json", "winner"
+JOB, DOCUMENT, PAGE, WINNER = "job.json", "search.json", "report.html", "winner"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, silent
 from martlet.recipe_search import confidence, strategies
 from martlet.recipe_search.document import document
-from martlet.recipe_search.folder import DOCUMENT, Folder, code_digest
+from martlet.recipe_search.folder import DOCUMENT, PAGE, Folder, code_digest
 from martlet.recipe_search.journey import Journey
 from martlet.recipe_search.limits import Limits
 from martlet.recipe_search.measure import Measure
@@ -26,6 +26,7 @@ from martlet.recipe_search.record import write
 from martlet.recipe_search.screen import Held, Screen
 from martlet.recipe_search.space import First
 from martlet.recipe_search.study import Study
+from martlet.report.pareto import write_page
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -215,13 +216,14 @@ def _identity(source: Model) -> dict[str, Any]:
 
 
 def _write(journey: Journey, found: dict[str, Any]) -> None:
-    """search.json, and the recipes that commands name."""
+    """search.json, its page, and the recipes that commands name."""
     path = journey.folder.path
     for point in found["points"]:
         recipe = path / "recipes" / f"{point['id']}.yaml"
         if point["recipe"] and (not recipe.exists() or recipe.read_text(encoding="utf-8") != point["recipe"]):
             write(recipe, point["recipe"])
     write(path / DOCUMENT, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_page(found, path / PAGE)
 
 
 def _verdict(journey: Journey, winner: dict[str, Any], artifact: Artifact) -> tuple[bool, str]:
