@@ -16,11 +16,11 @@ def front(points: np.ndarray) -> np.ndarray:
     points: float (n, d). Returns bool (n).
     """
     points = np.asarray(points, dtype=np.float64)
-    known = ~np.isnan(points).any(1)
+    known = np.logical_not(np.isnan(points).any(axis=1))
     no_worse = (points[:, None] <= points[None]).all(2)  # (n, n): i against j
     better = (points[:, None] < points[None]).any(2)
-    dominates = np.logical_and(np.logical_and(no_worse, better), known[:, None])
-    return np.logical_and(known, ~np.any(dominates, axis=0))
+    dominated = np.any(no_worse & better & known.reshape(-1, 1), axis=0)
+    return np.logical_and(known, ~dominated)
 
 
 def hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:

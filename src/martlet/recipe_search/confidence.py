@@ -51,4 +51,5 @@ def share_pct(hits: np.ndarray) -> tuple[float, float, float]:
     """Per cent of True and its 90 % interval (Wilson, 1927)."""
     n, p = len(hits), float(hits.mean())
     centre, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return 100 * p, *(100 * min(1.0, max(0.0, (centre + sign * spread) / (1 + Z**2 / n))) for sign in (-1, 1))
+    low, high = (100 * min(1.0, max(0.0, (centre + sign * spread) / (1 + Z**2 / n))) for sign in (-1, 1))
+    return 100 * p, low, high

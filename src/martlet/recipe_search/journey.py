@@ -15,7 +15,7 @@ from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress
 from martlet.recipe_search.folder import Folder
-from martlet.recipe_search.limits import Limits
+from martlet.recipe_search.limits import Limits, Values
 from martlet.recipe_search.measure import FLOAT, Measure
 from martlet.recipe_search.predict import Clock
 from martlet.recipe_search.recipes import Recipes, split, spread
@@ -200,7 +200,7 @@ class Journey:
         self.folder.put("rounds", str(number), {"promoted": [entry["recipe"] for entry in chosen]})
         self.note()
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> Values:
         """The best that was measured within the limits, else the nearest to them."""
         points = self.candidates_measured()
         return self.limits.best(points) or self.limits.nearest(points)
@@ -354,9 +354,7 @@ class Journey:
             prove(duel, self.held_out, self.calibration, Stages(), self.limits.max_drop, self.command)
 
 
-def promising(
-    fresh: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]], limits: Limits, n: int
-) -> list[dict[str, Any]]:
+def promising(fresh: Sequence[Values], measured: Sequence[Values], limits: Limits, n: int) -> list[Values]:
     """Of those not measured, at most n of the front of all: the best within the limits, then where the gap is widest.
 
     Predictions and measurements stand beside each other as they are.
@@ -364,7 +362,7 @@ def promising(
     ms, kl = (lambda v: v["latency_ms"]), (lambda v: v["kl"])
     best = front([*fresh, *measured], ms, kl)
     open_ = [entry for entry in best if any(entry is other for other in fresh)]
-    chosen: list[dict[str, Any]] = []
+    chosen: list[Values] = []
     while open_ and len(chosen) < n:
         kept = [entry for entry in open_ if limits.keeps(entry)]
         if chosen:
@@ -376,7 +374,7 @@ def promising(
     return chosen
 
 
-def _gap(entry: dict[str, Any], best: Sequence[dict[str, Any]]) -> float:
+def _gap(entry: Values, best: Sequence[Values]) -> float:
     """How much of the front's box this member alone dominates, a share of it."""
     i = next(i for i, other in enumerate(best) if other is entry)
     if i in (0, len(best) - 1):

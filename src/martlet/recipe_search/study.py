@@ -46,7 +46,7 @@ class Study:
             study = optuna.create_study(
                 storage=f"sqlite:///{path.resolve()}",
                 study_name="martlet",
-                directions=["minimize"] * objectives,
+                directions=[optuna.study.StudyDirection.MINIMIZE] * objectives,
                 load_if_exists=True,
             )
         except Exception as error:
