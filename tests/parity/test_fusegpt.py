@@ -14,6 +14,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.source import load_model
 from martlet.techniques.prune.fusegpt import FuseGPT, influence
+from martlet.vit.gradients import FLOOR
 from martlet.vit.repair import RIDGE
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 0.5}
@@ -80,18 +81,41 @@ def pair(module: nn.Module, first: int) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(units).double().numpy(), torch.cat(targets).double().numpy()
 
 
-def left_over(x: np.ndarray, y: np.ndarray, pull: float) -> float:
-    rows = np.concatenate([np.concatenate([x, np.ones((len(x), 1))], 1), np.eye(x.shape[1] + 1)[:-1] * pull**0.5])
-    target = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+def counts(module: nn.Module, after: int) -> np.ndarray:
+    """How much the error of each token after a block counts: squared gradients, one number for all patches."""
+    total = torch.zeros(TOKENS, dtype=torch.float64)
+    for images in Noise():
+        x = module._pos_embed(module.patch_embed(images))  # type: ignore[operator]
+        for block in module.blocks[: after + 1]:  # type: ignore[index]
+            x = block(x)
+        x = x.detach().requires_grad_(True)
+        y = x
+        for block in module.blocks[after + 1 :]:  # type: ignore[index]
+            y = block(y)
+        logits = module.forward_head(module.norm(y))  # type: ignore[operator]
+        (-logits.log_softmax(1).max(1).values.sum()).backward()
+        for gradient in x.grad:  # type: ignore[union-attr]
+            total += (gradient.double() ** 2).sum(1)
+    patches = max(float(total[1:].mean()), FLOOR * float(total[0]) / (TOKENS - 1))
+    weights = np.array([float(total[0])] + [patches] * (TOKENS - 1))
+    return np.tile(weights / weights.mean(), Noise.num_images)
+
+
+def left_over(x: np.ndarray, y: np.ndarray, weights: np.ndarray, pull: float) -> float:
+    root = np.sqrt(weights)[:, None]
+    rows = np.concatenate(
+        [np.concatenate([x, np.ones((len(x), 1))], 1) * root, np.eye(x.shape[1] + 1)[:-1] * pull**0.5]
+    )
+    target = np.concatenate([y * root, np.zeros((x.shape[1], y.shape[1]))])
     return float(((rows @ np.linalg.lstsq(rows, target, rcond=None)[0] - target) ** 2).sum())
 
 
 def kept_by_hand(module: nn.Module, first: int) -> list[int]:
     """Of the units of both MLPs, as many as one had: always that goes without which the best fit is least bad."""
-    x, y = pair(module, first)
-    pull, kept = RIDGE * float((x**2).sum(0).mean()), list(range(2 * UNITS))
+    (x, y), weights = pair(module, first), counts(module, first + 1)
+    pull, kept = RIDGE * float((x**2 * weights[:, None]).sum(0).mean()), list(range(2 * UNITS))
     while len(kept) > UNITS:
-        costs = {u: left_over(x[:, [k for k in kept if k != u]], y, pull) for u in kept}
+        costs = {u: left_over(x[:, [k for k in kept if k != u]], y, weights, pull) for u in kept}
         kept.remove(min(costs, key=costs.__getitem__))
     return kept
 

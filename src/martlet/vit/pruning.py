@@ -14,7 +14,6 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.vit.budget import SIZES, Kind, Levels, allocate, total_macs, works
-from martlet.vit.reading import reading
 from martlet.vit.repair import Cut, cut_, cut_and_repair_
 from martlet.vit.structure import BlockShape, check_attention, record_of, restore_structure_, shape_of
 from martlet.vit.view import VitView, view
@@ -75,9 +74,7 @@ class Pruning(Technique):
         """What is to be left of which blocks. total: MACs of the model."""
 
     def cut_(self, model: Model, vit: VitView, cuts: Mapping[int, Cut], context: Context) -> None:
-        num_read = reading(model, vit).num_read if vit.family == "vit" else None
-        images = context.calibration(self)
-        cut_and_repair_(model.module, cuts, images, num_read=num_read, progress=context.progress)
+        cut_and_repair_(model.module, cuts, context.calibration(self), progress=context.progress)
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         before = view(model.module)
