@@ -252,8 +252,8 @@ def pruning(document: Mapping[str, Any]) -> str:
         f"{settings['model']} with {settings['weights']}, {document['base_top1_pct']:.1f} % top-1 on "
         f"{document['n']} test images before. {settings['calibration_images']} other images calibrated, the same "
         "for all; Torch-Pruning was given their labels too. Nothing was trained. MACs are counted with attention's "
-        "products; of Torch-Pruning, that ratio of channels was searched which removes as many. A difference of two or three "
-        "points on so few images can be chance.",
+        "products; of Torch-Pruning, that ratio of channels was searched which removes as many. A difference of two "
+        "or three points on so few images can be chance.",
     ]
     for ratio, its in groupby(sorted(document["entries"], key=lambda e: e["prune_ratio"]), lambda e: e["prune_ratio"]):
         ranked = sorted(its, key=lambda e: (-e.get("top1_pct", -1.0), e["name"]))

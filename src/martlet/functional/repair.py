@@ -21,7 +21,6 @@ class Gram:
         self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
         self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
         self.yy = 0.0
-        self.count = 0
 
     def add_(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """x (S, I), y (S, O); weights (S,) of the samples, 1 without."""
@@ -30,7 +29,6 @@ class Gram:
         self.xx += (left.mT @ x).double()
         self.xy += (left.mT @ y).double()
         self.yy += float((y.square().sum(1) * (1 if weights is None else weights)).sum())
-        self.count += x.shape[0]
 
 
 class Fit(NamedTuple):
