@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from test_structure import Logits
 from test_view import MODELS, build, image_size
-from torch import Tensor, nn
+from torch import Tensor
 
 from martlet.vit import view
 from martlet.vit.sensitivity import measured_losses
@@ -24,18 +25,6 @@ class Images:
         generator = torch.Generator().manual_seed(2)
         for count in (3, 2):
             yield torch.randn(count, 3, *self.size, dtype=torch.float64, generator=generator)
-
-
-class Logits(nn.Module):
-    """What `Model.module` is to the techniques: images to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        out = self.model(images)
-        return out if isinstance(out, Tensor) else out.logits
 
 
 @pytest.mark.parametrize("name", NAMES)
