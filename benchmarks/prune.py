@@ -174,7 +174,7 @@ class Bench:
 
     def ours(self, name: str, prune_ratio: float, progress: Progress) -> Model:
         technique, settings = OURS[name]
-        recipe = Recipe((registry.technique(technique)(prune_ratio=prune_ratio, **settings),))
+        recipe = Recipe((registry.technique(technique).from_settings({"prune_ratio": prune_ratio, **settings}),))
         context = Context(images=self.calibration, seed=self.settings.seed, progress=progress)
         return pipeline.run(self.model, recipe, context)
 
@@ -227,11 +227,11 @@ def torch_pruning(
     import torch_pruning as tp
     from timm.layers import Attention, Mlp
 
-    module = model.copy().module.eval().requires_grad_(True)
+    module: Any = model.copy().module.eval().requires_grad_(True)
     kept, heads = [module.head], {}
     for part in module.modules():
         if isinstance(part, Attention):
-            part.fused_attn = False  # so that its trace sees the products
+            part.fused_attn = False  # type: ignore[misc] # so that its trace sees the products
             heads[part.qkv] = part.num_heads
             kept += [part.proj] if how["bottleneck"] else []
         elif isinstance(part, Mlp):
@@ -252,7 +252,7 @@ def torch_pruning(
     )
     for name, parameter in module.named_parameters():
         parameter.grad = gradients(how["score"]).get(name)
-    for group in pruner.step(interactive=True):
+    for group in pruner.step(interactive=True) or ():
         group.prune()
     for part in module.modules():
         if isinstance(part, Attention):

@@ -113,13 +113,12 @@ class UnitWeights:
         def moved(bias: Tensor | None, rows: Tensor) -> Tensor:
             return rows @ shift if bias is None else bias + rows @ shift
 
-        gated = self.gate is not None
         return replace(
             self,
             fc1=self.fc1 * factor,
             fc1_bias=moved(self.fc1_bias, self.fc1),
-            gate=self.gate * factor if gated else None,
-            gate_bias=moved(self.gate_bias, self.gate) if gated else None,
+            gate=None if self.gate is None else self.gate * factor,
+            gate_bias=None if self.gate is None else moved(self.gate_bias, self.gate),
         )
 
     def beside(self, other: UnitWeights) -> UnitWeights:
@@ -128,14 +127,15 @@ class UnitWeights:
         def bias(x: Tensor | None, like: Tensor) -> Tensor:
             return like.new_zeros(like.shape[0]) if x is None else x
 
-        gated = self.gate is not None
+        gates = None if self.gate is None or other.gate is None else (self.gate, other.gate)
+        biases = (self.gate_bias, other.gate_bias)
         return UnitWeights(
             torch.cat([self.fc1, other.fc1]),
             torch.cat([bias(self.fc1_bias, self.fc1), bias(other.fc1_bias, other.fc1)]),
             torch.cat([self.fc2, other.fc2], 1),
             bias(self.fc2_bias, self.fc2) + bias(other.fc2_bias, other.fc2),
-            torch.cat([self.gate, other.gate]) if gated else None,
-            torch.cat([bias(self.gate_bias, self.gate), bias(other.gate_bias, other.gate)]) if gated else None,
+            gates and torch.cat(gates),
+            gates and torch.cat([bias(x, like) for x, like in zip(biases, gates, strict=True)]),
         )
 
     def onto(self, fc2: Tensor, fc2_bias: Tensor) -> UnitWeights:

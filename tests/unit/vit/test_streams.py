@@ -1,12 +1,12 @@
 """Blocks that are run one by one give what they give in the whole model."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from test_structure import Logits
 from test_view import MODELS, build, image_size
-from torch import Tensor
 
 from martlet.vit import view
 from martlet.vit.sensitivity import measured_losses
@@ -30,7 +30,7 @@ class Images:
 @pytest.mark.parametrize("name", NAMES)
 def test_block_by_block_is_the_whole_model(name: str) -> None:
     module = Logits(build(name))
-    blocks, seen = view(module).blocks, list[Tensor]()
+    blocks, seen = view(module).blocks, list[Any]()
     handles = [block.mlp.fc2.module.register_forward_hook(lambda _, __, y: seen.append(y)) for block in blocks]
     with torch.no_grad():
         logits = [module(images) for images in Images(name)]
@@ -43,10 +43,10 @@ def test_block_by_block_is_the_whole_model(name: str) -> None:
         stopped = [found["y"] for found in streams.run({"y": (fc2, "out")})]
         assert streams.done == number
         again = list(streams.logits(2))
-        found = [found["y"] for found in streams.run({"y": (fc2, "out")}, keep=True)]
+        kept = [found["y"] for found in streams.run({"y": (fc2, "out")}, keep=True)]
         for i in range(2):
-            torch.testing.assert_close(found[i], seen[i * depth + number])
-            torch.testing.assert_close(stopped[i], found[i])
+            torch.testing.assert_close(kept[i], seen[i * depth + number])
+            torch.testing.assert_close(stopped[i], kept[i])
             torch.testing.assert_close(again[i], logits[i])
     with torch.no_grad():
         torch.testing.assert_close(streams.module(next(iter(Images(name)))), logits[0])  # nothing stays behind
