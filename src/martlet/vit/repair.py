@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from martlet.core.technique import Batches, Progress, silent
 from martlet.functional.heads import HeadWeights, UnitWeights, selection
-from martlet.functional.repair import Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
+from martlet.functional.repair import Fit, Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.gradients import token_weights
 from martlet.vit.streams import First, Streams, Tap
@@ -34,8 +34,6 @@ from martlet.vit.view import BlockView, Part, VitView, view
 
 RIDGE = 1e-4
 """Relative to the mean square of an input: how strongly weights are held to what they were."""
-
-
 GRADIENTS = 96
 """How many images say how much an error of a token counts."""
 SMALL = 1e-3
@@ -120,13 +118,15 @@ def cut_and_repair_(
 
 def _graft(block: BlockView, gone: BlockView) -> UnitWeights | None:
     """The hidden units of a block that goes, as they read the norm of the block before it; None where a norm over the
-    units, or a norm behind the MLP, ties them to the others.
+    units, or a norm behind the MLP, ties them to the others, or there are no biases to take over a norm's.
 
     Both norms make the same of a token but for factor and shift, which the weights take over.
     """
     if gone.post_norm or gone.mlp.norm or block.mlp.norm:
         return None
     units = read_mlp(gone.mlp)
+    if units.fc1_bias is None or (units.gate is not None and units.gate_bias is None):
+        return None
     factors, shifts = zip(*(_affine(each.norm2.module) for each in (block, gone)), strict=True)
     safe = torch.where(factors[0].abs() < SMALL * factors[0].abs().max(), torch.inf, factors[0])
     return units.reading(factors[1] / safe, shifts[1] - factors[1] / safe * shifts[0])
@@ -201,7 +201,7 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, of_tokens: Tensor
         gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), _weights(of_tokens, now["z"]) if corrects else None)
     weight = layers[1].proj.weight.detach()
     found = fit(gram, torch.arange(weight.shape[1]), weight, ridge)
-    _copy_(layers[1].proj, found.weight, found.bias)
+    _set_(layers[1].proj, found)
 
 
 class HeadStatistics(NamedTuple):
@@ -291,7 +291,7 @@ def _cut_mlp_(
     elif cut.shape.hidden < weights.num_units:
         kept = units_kept(removal_order(gram, ridge), cut.shape.hidden)
     weights = weights.units(kept)
-    found = fit(gram, kept, weights.fc2, ridge)
+    found = fit(gram, kept, weights.fc2, ridge, bias=weights.fc2_bias is not None)
     write_mlp_(new.mlp, weights.onto(found.weight, found.bias))
 
 
@@ -306,6 +306,7 @@ def _scale(part: Part | None) -> Tensor | float:
 
 
 @torch.no_grad()
-def _copy_(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
+def _set_(linear: nn.Linear, found: Fit) -> None:
+    linear.weight.copy_(found.weight)
+    if found.bias is not None:
+        linear.bias.copy_(found.bias)
