@@ -3,6 +3,7 @@
     python benchmarks/prune.py                                    # accuracy of every entry: an hour on a quiet core
     python benchmarks/prune.py --entries ziplm magnitude --ratios 0.4
     python benchmarks/prune.py --parts latency                    # OpenVINO, interleaved; needs a quiet machine
+    python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for nvit's latency_table
 
 Writes one JSON file, entry after entry; started again with the same settings, it goes on where it stopped. All entries
 get the same calibration images and are tested on the same others. Torch-Pruning also gets the labels. Its ratio of
@@ -19,20 +20,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, show, table, working
-from martlet.core import pipeline, registry
+from martlet.core import pipeline, registry, report
 from martlet.core.errors import MartletError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.engine.base import cores
 from martlet.measure import latency
 from martlet.vit.budget import total_macs
+from martlet.vit.latency_law import fit_law
+from martlet.vit.structure import BlockShape, restore_structure_
+from martlet.vit.view import view
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -60,6 +64,23 @@ THEIRS: dict[str, dict[str, Any]] = {
 the residual stream left as it is (bottleneck), or cut too."""
 ENTRIES = (*OURS, *THEIRS)
 RATIOS = (0.2, 0.4)
+ENGINE = "openvino"
+BLOCKS = tuple(
+    BlockShape(heads, qk, v, hidden)
+    for heads, qk, v, hidden in (
+        (3, 64, 64, 768),
+        (3, 64, 64, 192),
+        (3, 64, 16, 768),
+        (3, 16, 64, 768),
+        (3, 16, 16, 192),
+        (2, 64, 64, 384),
+        (2, 32, 32, 768),
+        (1, 64, 64, 768),
+        (1, 16, 16, 192),
+        (1, 64, 16, 384),
+    )
+)
+"""Sizes of a ViT-Ti's blocks and smaller ones."""
 TIMED = ("ziplm",)
 """Entries of which speed is asked, each also followed by int8."""
 
@@ -98,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bench = bench or Bench(options.assets, settings, progress)
                 document["latency"] = timed(bench, options.seconds, progress)
             peers.write(options.out, document)
+        if "table" in options.parts:
+            with working("table") as progress:
+                bench = bench or Bench(options.assets, settings, progress)
+                peers.write(options.table, block_table(bench, options.seconds, progress))
     except MartletError as error:
         note(str(error))
         return error.exit_status
@@ -149,7 +174,7 @@ class Bench:
 
     def ours(self, name: str, prune_ratio: float, progress: Progress) -> Model:
         technique, settings = OURS[name]
-        recipe = Recipe((registry.technique(technique)(prune_ratio=prune_ratio, **settings),))
+        recipe = Recipe((registry.technique(technique).from_settings({"prune_ratio": prune_ratio, **settings}),))
         context = Context(images=self.calibration, seed=self.settings.seed, progress=progress)
         return pipeline.run(self.model, recipe, context)
 
@@ -202,11 +227,11 @@ def torch_pruning(
     import torch_pruning as tp
     from timm.layers import Attention, Mlp
 
-    module = model.copy().module.eval().requires_grad_(True)
+    module: Any = model.copy().module.eval().requires_grad_(True)
     kept, heads = [module.head], {}
     for part in module.modules():
         if isinstance(part, Attention):
-            part.fused_attn = False  # so that its trace sees the products
+            part.fused_attn = False  # type: ignore[misc] # so that its trace sees the products
             heads[part.qkv] = part.num_heads
             kept += [part.proj] if how["bottleneck"] else []
         elif isinstance(part, Mlp):
@@ -227,7 +252,7 @@ def torch_pruning(
     )
     for name, parameter in module.named_parameters():
         parameter.grad = gradients(how["score"]).get(name)
-    for group in pruner.step(interactive=True):
+    for group in pruner.step(interactive=True) or ():
         group.prune()
     for part in module.modules():
         if isinstance(part, Attention):
@@ -240,7 +265,7 @@ def torch_pruning(
 
 def timed(bench: Bench, seconds: float, progress: Progress) -> list[dict[str, Any]]:
     """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
-    engine = engines.get("openvino")
+    engine = engines.get(ENGINE)
     context = Context(
         images=bench.calibration,
         seed=bench.settings.seed,
@@ -271,6 +296,31 @@ def timed(bench: Bench, seconds: float, progress: Progress) -> list[dict[str, An
     ]
 
 
+def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, Any]:
+    """What a block of each of some sizes takes: the whole model, all of whose blocks have them, over its depth."""
+    engine = engines.get(ENGINE)
+    precision = "bf16" if "bf16" in engine.alternatives() else "f32"
+    depth = len(view(bench.model.module).blocks)
+    probe = next(iter(bench.calibration))[:1].numpy()
+    runs = {}
+    with ExitStack() as stack:
+        for shape in BLOCKS:
+            progress(f"prepare {shape}", 0, 0)
+            model = bench.model.copy()
+            blocks = [[i, *astuple(shape), True] for i in range(depth)]
+            restore_structure_(model.module, {"blocks": blocks, "removed": [], "width": None})
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            engine.lower(model, folder)
+            session = engine.open(folder, precision=precision, threads=cores())
+            runs[shape] = lambda session=session: session(probe)
+        named = {str(shape): run for shape, run in runs.items()}
+        times = latency.interleave(named, seed=bench.settings.seed, min_seconds=seconds, progress=progress)
+    rows = [asdict(shape) | {"latency_ms": latency.summary(times[str(shape)])["median"] / depth} for shape in runs]
+    fit_law(rows)  # raises, if they don't hold together
+    cpu = report.environment(peers.PACKAGES)["cpu"]
+    return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
+
+
 def _timed_models(bench: Bench, progress: Progress) -> Iterator[tuple[str, Model]]:
     yield "whole", bench.model
     for name in TIMED:
@@ -299,11 +349,12 @@ def _table(document: dict[str, Any]) -> Any:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     assets = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency"), default=["accuracy"])
+    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency", "table"), default=["accuracy"])
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES, metavar="NAME")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--assets", type=Path, default=assets, help="folder with data/ and weights/ (MARTLET_ASSETS)")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/prune.json", help="results/prune.json")
+    parser.add_argument("--table", type=Path, default=Path("blocks.json"), help="where to write what blocks take")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing")
     return parser.parse_args(argv)
 

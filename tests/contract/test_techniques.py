@@ -19,13 +19,14 @@ from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
 from martlet.source import load_model
 from martlet.vit.pruning import Pruning
+from martlet.vit.sparsity import Sparsity
 from martlet.vit.tokens import TokenReduction
 
 NAMES = tuple(registry.entries())
 ALIKE = {
     name
     for name in NAMES
-    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction | Pruning)
+    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction | Pruning | Sparsity)
     and name not in ("uniform", "adalog", "gptq", "tome", "magnitude")
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]

@@ -1,11 +1,11 @@
 """fusegpt takes out the block, and keeps and weighs the units of the pair, that loops over all choices find."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from martlet.core import pipeline
 from martlet.core.errors import RecipeError
@@ -14,6 +14,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.source import load_model
 from martlet.techniques.prune.fusegpt import FuseGPT, influence
+from martlet.vit.gradients import FLOOR
 from martlet.vit.repair import RIDGE
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 0.5}
@@ -45,14 +46,14 @@ def fused() -> Model:
     return pipeline.run(model(), Recipe((FuseGPT(blocks=1),)), Context(images=Noise()))
 
 
-def by_hand(module: nn.Module, last: bool = True) -> dict[int, float]:
+def by_hand(module: Any, last: bool = True) -> dict[int, float]:
     """How far the last tokens turn without each block; as a fault, the tokens after the block itself."""
     angles = {}
     for number in (1, 2):
         total = count = 0.0
         for images in Noise():
-            whole = without = module._pos_embed(module.patch_embed(images))  # type: ignore[operator]
-            for i, block in enumerate(module.blocks):  # type: ignore[arg-type]
+            whole = without = module._pos_embed(module.patch_embed(images))
+            for i, block in enumerate(module.blocks):
                 if last or i <= number:
                     whole = block(whole)
                     without = without if i == number else block(without)
@@ -64,15 +65,15 @@ def by_hand(module: nn.Module, last: bool = True) -> dict[int, float]:
     return angles
 
 
-def pair(module: nn.Module, first: int) -> tuple[np.ndarray, np.ndarray]:
+def pair(module: Any, first: int) -> tuple[np.ndarray, np.ndarray]:
     """For every token after the attention of a block: hidden units of its MLP and of the next one's, and what brings
     the token to where both blocks bring it."""
     units, targets = [], []
     for images in Noise():
-        x = module._pos_embed(module.patch_embed(images))  # type: ignore[operator]
-        for block in module.blocks[:first]:  # type: ignore[index]
+        x = module._pos_embed(module.patch_embed(images))
+        for block in module.blocks[:first]:
             x = block(x)
-        one, two = module.blocks[first], module.blocks[first + 1]  # type: ignore[index]
+        one, two = module.blocks[first], module.blocks[first + 1]
         middle = x + one.attn(one.norm1(x))
         hidden = [each.mlp.act(each.mlp.fc1(each.norm2(middle))) for each in (one, two)]
         units.append(torch.cat(hidden, -1).flatten(0, 1))
@@ -80,18 +81,41 @@ def pair(module: nn.Module, first: int) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(units).double().numpy(), torch.cat(targets).double().numpy()
 
 
-def left_over(x: np.ndarray, y: np.ndarray, pull: float) -> float:
-    rows = np.concatenate([np.concatenate([x, np.ones((len(x), 1))], 1), np.eye(x.shape[1] + 1)[:-1] * pull**0.5])
-    target = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+def counts(module: Any, after: int) -> np.ndarray:
+    """How much the error of each token after a block counts: squared gradients, one number for all patches."""
+    total = torch.zeros(TOKENS, dtype=torch.float64)
+    for images in Noise():
+        x = module._pos_embed(module.patch_embed(images))
+        for block in module.blocks[: after + 1]:
+            x = block(x)
+        x = x.detach().requires_grad_(True)
+        y = x
+        for block in module.blocks[after + 1 :]:
+            y = block(y)
+        logits = module.forward_head(module.norm(y))
+        (-logits.log_softmax(1).max(1).values.sum()).backward()
+        for gradient in x.grad:  # type: ignore[union-attr]
+            total += (gradient.double() ** 2).sum(1)
+    patches = max(float(total[1:].mean()), FLOOR * float(total[0]) / (TOKENS - 1))
+    weights = np.array([float(total[0])] + [patches] * (TOKENS - 1))
+    return np.tile(weights / weights.mean(), Noise.num_images)
+
+
+def left_over(x: np.ndarray, y: np.ndarray, weights: np.ndarray, pull: float) -> float:
+    root = np.sqrt(weights)[:, None]
+    rows = np.concatenate(
+        [np.concatenate([x, np.ones((len(x), 1))], 1) * root, np.eye(x.shape[1] + 1)[:-1] * pull**0.5]
+    )
+    target = np.concatenate([y * root, np.zeros((x.shape[1], y.shape[1]))])
     return float(((rows @ np.linalg.lstsq(rows, target, rcond=None)[0] - target) ** 2).sum())
 
 
-def kept_by_hand(module: nn.Module, first: int) -> list[int]:
+def kept_by_hand(module: Any, first: int) -> list[int]:
     """Of the units of both MLPs, as many as one had: always that goes without which the best fit is least bad."""
-    x, y = pair(module, first)
-    pull, kept = RIDGE * float((x**2).sum(0).mean()), list(range(2 * UNITS))
+    (x, y), weights = pair(module, first), counts(module, first + 1)
+    pull, kept = RIDGE * float((x**2 * weights[:, None]).sum(0).mean()), list(range(2 * UNITS))
     while len(kept) > UNITS:
-        costs = {u: left_over(x[:, [k for k in kept if k != u]], y, pull) for u in kept}
+        costs = {u: left_over(x[:, [k for k in kept if k != u]], y, weights, pull) for u in kept}
         kept.remove(min(costs, key=costs.__getitem__))
     return kept
 
@@ -106,8 +130,8 @@ def test_influence_is_the_one_found_by_hand(fused: Model) -> None:
 
 def test_units_of_both_blocks_are_those_found_by_hand(fused: Model) -> None:
     """The first pair: attention before it has lost nothing, so what comes in is what the whole model has."""
-    whole = model().module
-    one, two = whole.blocks[0], whole.blocks[1]  # type: ignore[index]
+    whole: Any = model().module
+    one, two = whole.blocks[0], whole.blocks[1]
     kept = kept_by_hand(whole, 0)
     assert set(kept) - set(range(UNITS))  # some of the removed block's
     assert set(kept) & set(range(UNITS))
@@ -120,8 +144,9 @@ def test_units_of_both_blocks_are_those_found_by_hand(fused: Model) -> None:
 
 def test_fusing_loses_less_than_leaving_out(fused: Model) -> None:
     images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(9))
-    whole, without = model().module, copy.deepcopy(model().module)
-    del without.blocks[1]  # type: ignore[operator]
+    whole: Any = model().module
+    without = copy.deepcopy(whole)
+    del without.blocks[1]
     expected = whole(images)
     lost = [(each(images) - expected).norm() for each in (fused.module, without)]
     assert lost[0] < 0.8 * lost[1]

@@ -1,5 +1,7 @@
 """lpvit's losses are sums over single weights, and the blocks that go are those a sort by hand puts first."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from martlet.core.technique import Context
 from martlet.functional.blocks import block_sums, choose_blocks, power_weight, spread_blocks
 from martlet.source import load_model
 from martlet.techniques.prune.lpvit import LPViT
+from martlet.vit.budget import total_macs
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3, "mlp_ratio": 2.0}
 BLOCK = 4
@@ -84,15 +87,13 @@ def test_blocks_are_whole() -> None:
 def test_zero_blocks_stand_for_the_macs_that_were_asked_for(power: bool) -> None:
     whole = model()
     technique = LPViT(prune_ratio=0.15, block=BLOCK, power=power)
-    found = pipeline.run(whole, Recipe((technique,)), Context(images=Noise())).module
-    block, zero = found.blocks[0], 0  # type: ignore[index]
+    found: Any = pipeline.run(whole, Recipe((technique,)), Context(images=Noise())).module
+    block, zero = found.blocks[0], 0
     for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
         empty = block_sums(linear.weight != 0, BLOCK) == 0
         assert torch.equal(spread_blocks(empty, BLOCK), linear.weight == 0)
         assert 1 - empty.float().mean() >= 0.2
         zero += int(empty.sum())
-    from martlet.vit.budget import total_macs
-
     wanted = 0.15 * total_macs(whole) / (5 * BLOCK**2)
     assert wanted <= zero < wanted + 1
 

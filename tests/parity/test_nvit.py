@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def saliency(block: int, squared_sum: bool = True) -> list[float]:
     for images in Noise():
         module.zero_grad()
         logits = module(images.double())
-        loss = -sum(logits[i].log_softmax(0)[int(logits[i].argmax())] for i in range(len(logits))) / len(logits)
+        loss: Any = -sum(logits[i].log_softmax(0)[int(logits[i].argmax())] for i in range(len(logits))) / len(logits)
         loss.backward()
         mlp = module.blocks[block].mlp  # type: ignore[index, union-attr]
         with torch.no_grad():

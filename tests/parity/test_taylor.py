@@ -1,5 +1,7 @@
 """taylor cuts the units whose weights times gradients, one by one, are the smallest."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,9 +40,10 @@ def products(absolute: bool) -> dict[str, torch.Tensor]:
     for images in Noise():
         module.zero_grad()
         logits = module(images.double())
-        loss = -sum(logits[i].log_softmax(0)[int(logits[i].argmax())] for i in range(len(logits))) / len(logits)
+        loss: Any = -sum(logits[i].log_softmax(0)[int(logits[i].argmax())] for i in range(len(logits))) / len(logits)
         loss.backward()
         for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
             value = (parameter * parameter.grad).detach()
             found[name] = found.get(name, 0) + (value.abs() if absolute else value)
     return found

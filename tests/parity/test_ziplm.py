@@ -12,6 +12,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.source import load_model
 from martlet.techniques.prune.ziplm import ZipLM
+from martlet.vit.gradients import FLOOR
 from martlet.vit.repair import RIDGE
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3, "mlp_ratio": 1.0}
@@ -36,8 +37,8 @@ def model() -> Model:
 
 
 def seen(module: torch.nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden units and outputs of the MLP for every token, and how much each counts: the class token as much as all
-    others."""
+    """Hidden units and outputs of the MLP for every token, and how much each counts: what isn't read, FLOOR times as
+    much together as the class token."""
     inputs, outputs = [], []
     twin = copy.deepcopy(module)
 
@@ -48,7 +49,8 @@ def seen(module: torch.nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     twin.blocks[0].mlp.fc2.register_forward_hook(note)  # type: ignore[index, union-attr, operator]
     for images in Noise():
         twin(images)
-    weights = np.array([1.0] + [1 / (TOKENS - 1)] * (TOKENS - 1))
+    weights = np.array([1.0] + [FLOOR / (TOKENS - 1)] * (TOKENS - 1))
+    weights /= weights.mean()
     x, y = (torch.cat(each).double().flatten(0, 1).numpy() for each in (inputs, outputs))
     return x, y, np.tile(weights, IMAGES)
 

@@ -108,37 +108,36 @@ class UnitWeights:
         )
 
     def reading(self, factor: Tensor, shift: Tensor) -> UnitWeights:
-        """That give for x what these give for factor x + shift, (C,) each."""
+        """That give for x what these give for factor x + shift, (C,) each. Their maps have biases."""
 
-        def moved(bias: Tensor | None, rows: Tensor) -> Tensor:
-            return rows @ shift if bias is None else bias + rows @ shift
+        def moved(bias: Tensor | None, rows: Tensor | None) -> Tensor | None:
+            return None if bias is None or rows is None else bias + rows @ shift
 
-        gated = self.gate is not None
         return replace(
             self,
             fc1=self.fc1 * factor,
             fc1_bias=moved(self.fc1_bias, self.fc1),
-            gate=self.gate * factor if gated else None,
-            gate_bias=moved(self.gate_bias, self.gate) if gated else None,
+            gate=None if self.gate is None else self.gate * factor,
+            gate_bias=moved(self.gate_bias, self.gate),
         )
 
     def beside(self, other: UnitWeights) -> UnitWeights:
         """These units and the other ones, which read the same tokens; their outputs are added up."""
 
-        def bias(x: Tensor | None, like: Tensor) -> Tensor:
-            return like.new_zeros(like.shape[0]) if x is None else x
+        def both(x: Tensor | None, y: Tensor | None, dim: int = 0) -> Tensor | None:
+            return None if x is None or y is None else torch.cat([x, y], dim)
 
-        gated = self.gate is not None
+        bias = None if self.fc2_bias is None or other.fc2_bias is None else self.fc2_bias + other.fc2_bias
         return UnitWeights(
             torch.cat([self.fc1, other.fc1]),
-            torch.cat([bias(self.fc1_bias, self.fc1), bias(other.fc1_bias, other.fc1)]),
+            both(self.fc1_bias, other.fc1_bias),
             torch.cat([self.fc2, other.fc2], 1),
-            bias(self.fc2_bias, self.fc2) + bias(other.fc2_bias, other.fc2),
-            torch.cat([self.gate, other.gate]) if gated else None,
-            torch.cat([bias(self.gate_bias, self.gate), bias(other.gate_bias, other.gate)]) if gated else None,
+            bias,
+            both(self.gate, other.gate),
+            both(self.gate_bias, other.gate_bias),
         )
 
-    def onto(self, fc2: Tensor, fc2_bias: Tensor) -> UnitWeights:
+    def onto(self, fc2: Tensor, fc2_bias: Tensor | None) -> UnitWeights:
         """With another second Linear."""
         return replace(self, fc2=fc2, fc2_bias=fc2_bias)
 

@@ -21,7 +21,6 @@ class Gram:
         self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
         self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
         self.yy = 0.0
-        self.count = 0
 
     def add_(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """x (S, I), y (S, O); weights (S,) of the samples, 1 without."""
@@ -30,32 +29,31 @@ class Gram:
         self.xx += (left.mT @ x).double()
         self.xy += (left.mT @ y).double()
         self.yy += float((y.square().sum(1) * (1 if weights is None else weights)).sum())
-        self.count += x.shape[0]
 
 
 class Fit(NamedTuple):
-    """weight (O, I'), bias (O,); error: the sum of squares that is left."""
+    """weight (O, I'), bias (O,) or None; error: the sum of squares that is left."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     error: float
 
 
-def fit(gram: Gram, kept: Tensor, prior: Tensor, ridge: float) -> Fit:
+def fit(gram: Gram, kept: Tensor, prior: Tensor, ridge: float, bias: bool = True) -> Fit:
     """The least squares from the inputs of numbers (I',) alone, with a ridge towards what was there.
 
-    prior: (O, I'), the weights before. ridge: relative to the mean of the diagonal of xx.
+    prior: (O, I'), the weights before. ridge: relative to the mean of the diagonal of xx. bias: whether there is one.
     """
-    index = torch.cat([kept, torch.tensor([gram.xx.shape[0] - 1])])
+    count = len(kept)
+    index = torch.cat([kept, torch.tensor([gram.xx.shape[0] - 1] if bias else [], dtype=kept.dtype)])
     xx, xy = gram.xx[index][:, index], gram.xy[index]
-    pull = ridge * xx.diagonal()[:-1].mean()
-    start = torch.cat([prior.double().mT, prior.new_zeros(1, prior.shape[0]).double()])  # (I' + 1, O)
-    lhs = xx + torch.diag(torch.cat([pull.expand(len(kept)), pull.new_zeros(1)]))
-    rhs = xy.clone()
-    rhs[:-1] += pull * start[:-1]
+    pull = ridge * xx.diagonal()[:count].mean()
+    lhs, rhs = xx.clone(), xy.clone()
+    lhs.diagonal()[:count] += pull
+    rhs[:count] += pull * prior.double().mT
     solved = _solve(lhs, rhs)
     error = gram.yy - 2 * float((solved * xy).sum()) + float((solved * (xx @ solved)).sum())
-    return Fit(solved[:-1].mT, solved[-1], max(error, 0.0))
+    return Fit(solved[:count].mT, solved[-1] if bias else None, max(error, 0.0))
 
 
 def _solve(lhs: Tensor, rhs: Tensor) -> Tensor:

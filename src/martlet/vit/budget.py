@@ -129,9 +129,9 @@ def allocate(
     def removed() -> int:
         return start - sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
 
-    step = None
+    step: Step | None = None
     while removed() < prune_ratio * total:
-        steps = [step for (i, kind), levels in losses.items() if (step := _next(each[i], shapes[i], i, kind, levels))]
+        steps = [found for (i, kind), its in losses.items() if (found := _next(each[i], shapes[i], i, kind, its))]
         if not steps:
             raise RecipeError(
                 f"{technique}: prune_ratio {prune_ratio:g} would empty layers such as those of {vit.blocks[0].name}; "
@@ -139,7 +139,9 @@ def allocate(
             )
         step = min(steps)
         shapes[step.block] = replace(shapes[step.block], **{SIZES[step.kind]: step.left})
-    for left in sorted(losses[step.block, step.kind]) if step else ():  # of the last cut, no more than is needed
+    if step is None:
+        return shapes
+    for left in sorted(losses[step.block, step.kind]):  # of the last cut, no more than is needed
         if left > step.left:
             enough = shapes[step.block]
             shapes[step.block] = replace(enough, **{SIZES[step.kind]: left})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,49 @@ from martlet.vit.budget import Kind
 from martlet.vit.structure import read_attention, read_mlp
 from martlet.vit.view import VitView, view
 
+FLOOR = 0.3
+"""How much patches count together, at least, for each part that class token and the like do."""
+
 
 def own_classes(logits: Tensor) -> Tensor:
     """The cross entropy with the classes that the logits themselves name, (B,)."""
     return functional.cross_entropy(logits, logits.argmax(1).detach(), reduction="none")
+
+
+def token_weights(module: nn.Module, images: Batches, num_prefix: int) -> list[Tensor | None]:
+    """By block, how much an error of each token that it gives counts, (N,); None where there are no tokens (B, N, C).
+
+    The mean over images of the squared gradient of `own_classes`, one number for all patches. Late in a model that
+    reads the class token this alone counts; patches then count FLOOR times as much together, because fits from one
+    token an image need something that keeps them in place.
+    """
+    twin = copy.deepcopy(module).eval().requires_grad_(True)
+    totals: dict[int, Tensor] = {}
+
+    def note(number: int, gradient: Tensor) -> None:
+        totals[number] = totals.get(number, 0) + gradient.square().sum((0, 2)).double()
+
+    for number, block in enumerate(view(twin).blocks):
+
+        def hook(_module: nn.Module, _args: object, out: object, number: int = number) -> None:
+            if isinstance(out, Tensor) and out.ndim == 3:
+                out.register_hook(partial(note, number))
+
+        block.module.register_forward_hook(hook)
+    for batch in images:
+        with torch.enable_grad():
+            own_classes(twin(batch)).sum().backward()
+    found = list[Tensor | None]()
+    for number in range(len(view(twin).blocks)):
+        total = totals.get(number)
+        if total is None or not num_prefix or float(total.sum()) == 0:
+            found.append(None)
+            continue
+        prefix, patches = total[:num_prefix], total[num_prefix:]
+        each = torch.clamp(patches.mean(), min=FLOOR * prefix.sum() / len(patches))
+        weights = torch.cat([prefix, each.expand(len(patches))])
+        found.append((weights / weights.mean()).float())
+    return found
 
 
 def contributions(

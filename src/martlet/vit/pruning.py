@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ from martlet.core.errors import RecipeError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.vit.budget import SIZES, Kind, Levels, allocate, total_macs, works
-from martlet.vit.reading import reading
+from martlet.vit.budget import KINDS, SIZES, Kind, Levels, allocate, total_macs, works
 from martlet.vit.repair import Cut, cut_, cut_and_repair_
 from martlet.vit.structure import BlockShape, check_attention, record_of, restore_structure_, shape_of
 from martlet.vit.view import VitView, view
@@ -53,13 +52,13 @@ class Pruning(Technique):
                 f"not {self.prune_ratio}"
             )
         for group in self.groups:
-            if group not in get_args(Kind):
-                known = ", ".join(get_args(Kind))
+            if group not in KINDS:
+                known = ", ".join(KINDS)
                 raise RecipeError(
-                    f"{self.name}: there is no group {group!r}{nearest(str(group), get_args(Kind))} (known: {known})"
+                    f"{self.name}: there is no group {group!r}{nearest(str(group), KINDS)} (known: {known})"
                 )
         if not self.groups:
-            raise RecipeError(f"{self.name}: groups names nothing to cut; say one of {', '.join(get_args(Kind))}")
+            raise RecipeError(f"{self.name}: groups names nothing to cut; say one of {', '.join(KINDS)}")
         if self.multiple < 1:
             raise RecipeError(f"{self.name}: multiple is at least 1, not {self.multiple}")
 
@@ -75,9 +74,7 @@ class Pruning(Technique):
         """What is to be left of which blocks. total: MACs of the model."""
 
     def cut_(self, model: Model, vit: VitView, cuts: Mapping[int, Cut], context: Context) -> None:
-        num_read = reading(model, vit).num_read if vit.family == "vit" else None
-        images = context.calibration(self)
-        cut_and_repair_(model.module, cuts, images, num_read=num_read, progress=context.progress)
+        cut_and_repair_(model.module, cuts, context.calibration(self), progress=context.progress)
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         before = view(model.module)
@@ -100,11 +97,10 @@ class Pruning(Technique):
             RecipeError: a group that was asked for can't be cut in some block.
         """
         found = list[tuple[int, Kind]]()
+        kinds: list[Kind] = [kind for kind in KINDS if kind in self.groups]
         asked = "groups" in self.settings()
         for i, block in enumerate(vit.blocks):
-            for kind in get_args(Kind):
-                if kind not in self.groups:
-                    continue
+            for kind in kinds:
                 if kind != "hidden":
                     try:
                         check_attention(vit, block, self.name, kind)

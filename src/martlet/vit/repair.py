@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from martlet.core.technique import Batches, Progress, silent
 from martlet.functional.heads import HeadWeights, UnitWeights, selection
-from martlet.functional.repair import Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
+from martlet.functional.repair import Fit, Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
 from martlet.nn.attention import ShapedAttention
-from martlet.vit.streams import Streams, Tap
+from martlet.vit.gradients import token_weights
+from martlet.vit.streams import First, Streams, Tap
 from martlet.vit.structure import (
     BlockShape,
     put_attention_,
@@ -33,8 +34,8 @@ from martlet.vit.view import BlockView, Part, VitView, view
 
 RIDGE = 1e-4
 """Relative to the mean square of an input: how strongly weights are held to what they were."""
-
-
+GRADIENTS = 96
+"""How many images say how much an error of a token counts."""
 SMALL = 1e-3
 """Of the greatest of some factors: what is no more than that isn't divided by."""
 
@@ -73,7 +74,6 @@ def cut_and_repair_(
     images: Batches,
     *,
     removed: Collection[int] = (),
-    num_read: int | None = None,
     ridge: float = RIDGE,
     progress: Progress = silent,
 ) -> None:
@@ -81,13 +81,13 @@ def cut_and_repair_(
 
     removed: blocks to take out; none may be the first. The hidden units of a removed block are offered to the block
     before it, which keeps as many as it had, of both, and learns to do the work of both.
-    num_read: how many leading tokens of the last block are read, as in `Reading`.
     """
     whole = view(module).blocks
     numbers = [i for i in range(len(whole)) if i not in removed]  # of the blocks that stay
     skipped = [after - i - 1 for i, after in zip(numbers, [*numbers[1:], len(whole)], strict=True)]
     grafts = {i: _graft(whole[i], whole[i + 1]) for i, count in zip(numbers, skipped, strict=True) if count}
     first = min([*cuts, *grafts])
+    of_tokens = token_weights(module, First(images, GRADIENTS), view(module).tokens.num_prefix)
     old, new = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
     for twin in (old, new):
         replace_all_(twin, first)
@@ -103,10 +103,10 @@ def cut_and_repair_(
         progress("repairing blocks", number, len(numbers))
         block = view(new).blocks[number]
         cut = cuts.get(numbers[number]) or Cut(shape_of(block))
-        weigh = _Weights(num_read if number == len(numbers) - 1 else None)
+        weights = of_tokens[numbers[number] + skipped[number]]
         if _replaceable(view(new), block):
-            _cut_attention_(before, after, cut, weigh, ridge)
-        _cut_mlp_(before, after, cut, weigh, ridge, grafts.get(numbers[number]), skipped[number])
+            _cut_attention_(before, after, cut, weights, ridge)
+        _cut_mlp_(before, after, cut, weights, ridge, grafts.get(numbers[number]), skipped[number])
         for _ in after.run({}, keep=True):
             pass
         vit, done = view(module), view(new).blocks[number]
@@ -118,13 +118,15 @@ def cut_and_repair_(
 
 def _graft(block: BlockView, gone: BlockView) -> UnitWeights | None:
     """The hidden units of a block that goes, as they read the norm of the block before it; None where a norm over the
-    units, or a norm behind the MLP, ties them to the others.
+    units, or a norm behind the MLP, ties them to the others, or there are no biases to take over a norm's.
 
     Both norms make the same of a token but for factor and shift, which the weights take over.
     """
     if gone.post_norm or gone.mlp.norm or block.mlp.norm:
         return None
     units = read_mlp(gone.mlp)
+    if units.fc1_bias is None or (units.gate is not None and units.gate_bias is None):
+        return None
     factors, shifts = zip(*(_affine(each.norm2.module) for each in (block, gone)), strict=True)
     safe = torch.where(factors[0].abs() < SMALL * factors[0].abs().max(), torch.inf, factors[0])
     return units.reading(factors[1] / safe, shifts[1] - factors[1] / safe * shifts[0])
@@ -166,26 +168,12 @@ def _selected(cut: Cut, weights: HeadWeights) -> HeadWeights:
     return weights
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """How much each token's error counts.
-
-    Where only leading tokens are read, the others count as much together as those do: they are there to keep a fit
-    from few samples in place.
-    """
-
-    num_read: int | None
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """(S,) for x (B, N, C) with S = B N."""
-        if self.num_read is None or x.ndim != 3:
-            return None
-        weights = x.new_full(x.shape[:2], self.num_read / (x.shape[1] - self.num_read))
-        weights[:, : self.num_read] = 1
-        return weights.flatten()
+def _weights(of_tokens: Tensor | None, x: Tensor) -> Tensor | None:
+    """How much the error of each token counts, (S,) for x (B, N, C) with S = B N; None if all count the same."""
+    return None if of_tokens is None or x.ndim != 3 else of_tokens.to(x).expand(x.shape[:2]).flatten()
 
 
-def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float) -> None:
+def _cut_attention_(before: Streams, after: Streams, cut: Cut, of_tokens: Tensor | None, ridge: float) -> None:
     vit = view(after.module)
     block = vit.blocks[after.done]
     if _cuts_attention(cut, block):
@@ -210,10 +198,10 @@ def _cut_attention_(before: Streams, after: Streams, cut: Cut, weigh: _Weights, 
         y = was["y"]
         if corrects:
             y = y + (was["x"] - now["x"]) * scale
-        gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), weigh(now["z"]) if corrects else None)
+        gram.add_(now["z"].flatten(0, -2), y.flatten(0, -2), _weights(of_tokens, now["z"]) if corrects else None)
     weight = layers[1].proj.weight.detach()
     found = fit(gram, torch.arange(weight.shape[1]), weight, ridge)
-    _copy_(layers[1].proj, found.weight, found.bias)
+    _set_(layers[1].proj, found)
 
 
 class HeadStatistics(NamedTuple):
@@ -265,7 +253,13 @@ def _shaped(found: HeadStatistics, cut: Cut, weights: HeadWeights) -> HeadWeight
 
 
 def _cut_mlp_(
-    before: Streams, after: Streams, cut: Cut, weigh: _Weights, ridge: float, graft: UnitWeights | None, skipped: int
+    before: Streams,
+    after: Streams,
+    cut: Cut,
+    of_tokens: Tensor | None,
+    ridge: float,
+    graft: UnitWeights | None,
+    skipped: int,
 ) -> None:
     """graft: units that may take the place of the block's own. skipped: blocks that follow it in the whole model only,
     whose work it has to do too.
@@ -290,14 +284,14 @@ def _cut_mlp_(
         else:
             out = before.after[i][0] if isinstance(before.after[i], tuple) else before.after[i]
             y = (out - seen["x"].view_as(out)) * _scale(new.layer_scale2)
-        gram.add_(seen["z"].flatten(0, -2), y.flatten(0, -2), weigh(seen["z"]))
+        gram.add_(seen["z"].flatten(0, -2), y.flatten(0, -2), _weights(of_tokens, seen["z"]))
     kept = torch.arange(weights.num_units)
     if cut.hidden is not None:
         kept = cut.hidden
     elif cut.shape.hidden < weights.num_units:
         kept = units_kept(removal_order(gram, ridge), cut.shape.hidden)
     weights = weights.units(kept)
-    found = fit(gram, kept, weights.fc2, ridge)
+    found = fit(gram, kept, weights.fc2, ridge, bias=weights.fc2_bias is not None)
     write_mlp_(new.mlp, weights.onto(found.weight, found.bias))
 
 
@@ -312,6 +306,7 @@ def _scale(part: Part | None) -> Tensor | float:
 
 
 @torch.no_grad()
-def _copy_(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
+def _set_(linear: nn.Linear, found: Fit) -> None:
+    linear.weight.copy_(found.weight)
+    if found.bias is not None:
+        linear.bias.copy_(found.bias)

@@ -113,7 +113,7 @@ def _of_units(streams: Streams, sizes: Sequence[int], loss: Callable[[], float])
     for left in sizes:
         kept = units_kept(order, left)
         cut = weights.units(kept)
-        refit = fit(gram, kept, cut.fc2, RIDGE)
+        refit = fit(gram, kept, cut.fc2, RIDGE, bias=cut.fc2_bias is not None)
         write_mlp_(view(streams.module).blocks[streams.done].mlp, cut.onto(refit.weight, refit.bias))
         losses[left] = loss()
     write_mlp_(view(streams.module).blocks[streams.done].mlp, weights)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,16 +22,12 @@ class _Stop(Exception):
     """Raised in a forward pass that has seen enough."""
 
 
-@dataclass(frozen=True)
 class First:
     """The first images of others, in whole batches, until there are so many."""
 
-    images: Batches
-    number: int
-
-    @property
-    def num_images(self) -> int:
-        return sum(len(batch) for batch in self)
+    def __init__(self, images: Batches, number: int) -> None:
+        self.images, self.number = images, number
+        self.num_images = sum(len(batch) for batch in self)
 
     def __iter__(self) -> Iterator[Tensor]:
         count = 0
@@ -98,7 +93,7 @@ class Streams:
             for images in itertools.islice(resumed, batches):
                 yield self.module(images)
 
-    def _resumed(self) -> Iterator[Tensor]:
+    def _resumed(self) -> Generator[Tensor]:
         """Images by batch, for a forward pass in which blocks before number `done` do nothing but give what they gave.
 
         Of each batch after the first block one image is enough: what becomes of it is not looked at.

@@ -34,9 +34,17 @@ def test_fit_is_the_least_squares_of_what_is_kept() -> None:
     kept = torch.tensor([0, 2, 5])
     found = fit(gram, kept, torch.zeros(OUTPUTS, 3), ridge=0.0)
     expected, error = least_squares(x[:, kept], y)
+    assert found.bias is not None
     torch.testing.assert_close(torch.cat([found.weight.mT, found.bias[None]]), expected, rtol=1e-6, atol=1e-8)
     assert found.error == pytest.approx(error, rel=1e-6)
     assert not torch.allclose(fit(gram, torch.tensor([0, 2, 4]), torch.zeros(OUTPUTS, 3), 0.0).weight, found.weight)
+
+
+def test_fit_without_a_bias_is_the_least_squares_without_one() -> None:
+    x, y, gram = data()
+    found = fit(gram, torch.arange(INPUTS), torch.zeros(OUTPUTS, INPUTS), ridge=0.0, bias=False)
+    assert found.bias is None
+    torch.testing.assert_close(found.weight.mT, torch.linalg.lstsq(x, y).solution, rtol=1e-6, atol=1e-8)
 
 
 def test_weights_of_samples_are_repetitions() -> None:

@@ -108,6 +108,15 @@ def test_an_artifact_reloads_in_a_process_of_its_own_and_is_pruned_again(tmp_pat
     assert torch.equal(twice.module(images(twice)), again.module(images(again)))
 
 
+def test_a_model_without_biases_stays_one_where_the_library_has_its_place(tmp_path: Path) -> None:
+    pruned = run(vit(proj_bias=False), Magnitude(prune_ratio=0.3))
+    assert view(pruned.module).blocks[0].mlp.fc2.bias is None
+    with store.writing(tmp_path / "out") as folder:
+        store.seal(folder, pruned, "torch", store.write_model(folder, pruned, Torch()))
+    again = load_model(str(tmp_path / "out"))
+    assert torch.equal(again.module(images(again)), pruned.module(images(pruned)))
+
+
 def operations(model: Model, folder: Path) -> list[tuple[str, str]]:
     """What OpenVINO runs, and in which precision: attention's products are subgraphs, and Linears what they are."""
     import openvino as ov

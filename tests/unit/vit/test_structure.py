@@ -43,6 +43,18 @@ class Images:
             yield torch.randn(3, 3, *self.size, dtype=torch.float64, generator=generator)
 
 
+class Logits(nn.Module):
+    """What `Model.module` is to the techniques: images to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.model(images)
+        return out if isinstance(out, Tensor) else out.logits
+
+
 def outputs(name: str, module: nn.Module) -> Tensor:
     with torch.no_grad():
         out = module(
@@ -84,7 +96,7 @@ def test_what_is_cut_is_gone_and_the_record_restores_it_in_other_weights(name: s
     module, other = build(name), build(name)
     before = view(module)
     cuts = {number: smaller(module, number) for number in (1, 2)}
-    cut_and_repair_(module, cuts, Images(name))
+    cut_and_repair_(Logits(module), cuts, Images(name))
     after = view(module)
     assert {number: shape_of(after.blocks[number]) for number in cuts} == {n: cut.shape for n, cut in cuts.items()}
     record = record_of(before, [*range(len(before.blocks))], after)
@@ -92,7 +104,7 @@ def test_what_is_cut_is_gone_and_the_record_restores_it_in_other_weights(name: s
     other.load_state_dict(module.state_dict())
     assert torch.equal(outputs(name, other), outputs(name, module))
     again = {number: smaller(module, number) for number in cuts}  # half of the half
-    cut_and_repair_(module, again, Images(name))
+    cut_and_repair_(Logits(module), again, Images(name))
     assert {number: shape_of(view(module).blocks[number]) for number in cuts} == {n: c.shape for n, c in again.items()}
 
 
@@ -100,7 +112,7 @@ def test_what_is_cut_is_gone_and_the_record_restores_it_in_other_weights(name: s
 def test_a_repair_of_what_lost_nothing_changes_nothing(name: str) -> None:
     module = build(name)
     expected, now = outputs(name, module), shape_of(view(module).blocks[1])
-    cut_and_repair_(module, {1: Cut(now)}, Images(name))
+    cut_and_repair_(Logits(module), {1: Cut(now)}, Images(name))
     torch.testing.assert_close(outputs(name, module), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -110,7 +122,7 @@ def test_a_repair_makes_up_for_much_of_a_cut() -> None:
     cut = Cut(BlockShape(1, 12, 12, 24), hidden=kept)
     bare, repaired = copy.deepcopy(module), copy.deepcopy(module)
     cut_(bare, {1: cut})
-    cut_and_repair_(repaired, {1: cut}, Images("timm_one_head"))
+    cut_and_repair_(Logits(repaired), {1: cut}, Images("timm_one_head"))
     lost = [(outputs("timm_one_head", each) - expected).norm() for each in (bare, repaired)]
     assert lost[1] < 0.7 * lost[0]
 

@@ -14,7 +14,6 @@ from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Stage, Technique
-from martlet.vit.reading import reading
 from martlet.vit.repair import cut_and_repair_
 from martlet.vit.streams import First
 from martlet.vit.structure import record_of, remove_block_, restore_structure_
@@ -83,8 +82,7 @@ class FuseGPT(Technique):
             remove_block_(view(twin), least)
             context.progress("choosing blocks", len(removed), self.blocks)
         if removed:
-            num_read = reading(model, before).num_read if before.family == "vit" else None
-            cut_and_repair_(model.module, {}, images, removed=removed, num_read=num_read, progress=context.progress)
+            cut_and_repair_(model.module, {}, images, removed=removed, progress=context.progress)
         return record_of(before, [i for i in range(len(before.blocks)) if i not in removed], view(model.module))
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:

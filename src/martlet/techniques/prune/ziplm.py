@@ -9,9 +9,9 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.vit.budget import SIZES, Kind, allocate, between, works
-from martlet.vit.pruning import Pruning
+from martlet.vit.pruning import Levels, Pruning
 from martlet.vit.repair import Cut
-from martlet.vit.sensitivity import measured_losses
+from martlet.vit.sensitivity import Key, measured_losses
 from martlet.vit.streams import First
 from martlet.vit.structure import BlockShape, shape_of
 from martlet.vit.view import VitView
@@ -65,9 +65,9 @@ class ZipLM(Pruning):
     def cuts(self, model: Model, vit: VitView, context: Context, total: int) -> dict[int, Cut]:
         images = First(context.calibration(self), FITTED)
         keys = self.cuttable(vit)
-        levels = {(i, kind): self._levels(shape_of(vit.blocks[i]), kind) for i, kind in keys}
+        levels: dict[Key, list[int]] = {(i, kind): self._levels(shape_of(vit.blocks[i]), kind) for i, kind in keys}
         measured = measured_losses(model.module, levels, images, IMAGES, progress=context.progress)
-        losses = {
+        losses: dict[Key, Levels] = {
             (i, kind): between(
                 {getattr(shape_of(vit.blocks[i]), SIZES[kind]): 0.0, **found},
                 self.sizes_left(shape_of(vit.blocks[i]), kind),
