@@ -81,8 +81,9 @@ def train(
                 command=ctx.obj,
             )
     except Stopped:
-        if (kept := Kept.beside(out)).folder.exists():
-            note(f"what was learned is kept in {kept.folder}; the same command goes on from there")
+        folder = Kept.beside(out).folder
+        if any(folder.glob("*.safetensors")):
+            note(f"what was learned is kept in {folder}; the same command goes on from there")
         raise
     _tell(artifact, json)
     return 0

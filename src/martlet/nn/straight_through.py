@@ -12,6 +12,9 @@ from martlet.functional.lsq import gradient_scale, round_with_step
 from martlet.functional.packing import pack
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
 
+EDGE = 0.499
+"""Of a step, how far from its code a weight may begin: nearer than what rounds to the next."""
+
 
 class LearnedScale(nn.Module):
     """A table whose scale has a gradient, through the rounding as if it weren't there."""
@@ -54,6 +57,9 @@ class LearnedWeight(nn.Module):
     rounded, if there is one. weight: (O, I). factor: (O, groups), of the quantizer's steps.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(self, quantizer: PackedWeightQuantizer, start: Tensor | None = None) -> None:
         super().__init__()
         self.quantizer = quantizer
@@ -86,9 +92,6 @@ class LearnedWeight(nn.Module):
         steps = (self.weight.detach() / self._wide(quantizer.scale)).clamp(self.low, self.high).round()
         quantizer.codes.copy_(pack((steps - self.low).to(torch.uint8), quantizer.bits))
 
-
-EDGE = 0.499
-"""Of a step, how far from its code a weight may begin: nearer than what rounds to the next."""
 
 Learned = LearnedScale | LearnedWeight | Passing
 
