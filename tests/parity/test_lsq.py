@@ -146,3 +146,12 @@ def test_where_nothing_is_rounded_it_is_refused():
         RecipeError, match="lsq: nothing of timm:vit_tiny_patch16_224 is rounded yet; put what quantizes"
     ):
         pipeline.run(model, Recipe((LSQ(),)), Context(training=images(model)))
+
+
+def test_a_teacher_that_is_rounded_itself_is_refused():
+    model = source()
+    examples = images(model)
+    context = Context(images=Batches(examples), training=examples)
+    rounded = pipeline.run(model, Recipe.from_yaml("martlet: 1\npasses: [uniform]"), context)
+    with pytest.raises(RecipeError, match="vit_tiny_patch16_224 is rounded itself; give another, as it was before"):
+        pipeline.run(rounded, Recipe((LSQ(),)), context)

@@ -36,8 +36,8 @@ class LSQ(Training):
     Differs: grids have zero points and a step for each channel or group where the quantization before has them, and
         begin as it chose them. A step is learned relative to what it was, because AdamW, unlike the paper's SGD, takes
         steps of the same length whatever the gradient's scale. The loss is the teacher's logits, not labels.
-    Raises: RecipeError for a setting out of range, without images, or where nothing is rounded; UsageError for a
-        teacher with other classes; and as the loop does.
+    Raises: RecipeError for a setting out of range, without images, where nothing is rounded, or where the teacher is
+        too; UsageError for a teacher with other classes; and as the loop does.
     """
 
     name: ClassVar[str] = "lsq"
@@ -52,9 +52,13 @@ class LSQ(Training):
             )
 
     def objective(self, model: Model, context: Context) -> Objective:
-        assert context.teacher is not None
-        untouched = trace(context.teacher.copy().module, context.teacher.preprocess.size)
-        return Rounded(Teacher(context.teacher, model), dict(untouched.named_parameters()))
+        teacher = context.teacher
+        assert teacher is not None
+        if teacher.rounded:
+            raise RecipeError(f"lsq: the teacher {teacher.name} is rounded itself; give another, as it was before")
+        graph = teacher.stage is Stage.GRAPH
+        untouched = teacher.module if graph else trace(teacher.copy().module, teacher.preprocess.size)
+        return Rounded(Teacher(teacher, model), dict(untouched.named_parameters()))
 
 
 class Rounded(Objective):
