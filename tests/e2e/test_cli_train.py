@@ -42,7 +42,7 @@ def test_train_tells_and_writes_what_happened(trained, tiny):
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_was_trained_gives_its_weights_and_is_trained_on_and_compressed(martlet, trained, tiny, tmp_path):
+def test_what_was_trained_gives_its_weights(trained, tiny):
     out, _, _ = trained
     whole = load_model(str(out))
     alone = load_model(
@@ -54,6 +54,11 @@ def test_what_was_trained_gives_its_weights_and_is_trained_on_and_compressed(mar
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(whole.module(images), alone.module(images))
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_trained_on_and_compressed(martlet, trained, tmp_path):
+    out, _, _ = trained
     done = martlet(
         "compress", out, "--images", "martlet:digits", "--limit", 8, "--train", DIGITS, "--recipe", "distill",
         "--epochs", 0.05, "--engine", "torch", "--out", tmp_path / "small", "--json",

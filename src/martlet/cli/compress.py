@@ -25,7 +25,6 @@ from martlet.cli.stop import Stopped
 from martlet.cli.terminal import emit, note, note_skipped, show, working
 from martlet.cli.train import limited
 from martlet.core.kept import Kept
-from martlet.core.recipe import Recipe
 
 if TYPE_CHECKING:
     from martlet.core.report import Document
@@ -81,7 +80,7 @@ def compress(
         return compress(
             lambda: model_options.load(model, seed),
             images=image_options.open(seed),
-            recipe=recipe if epochs is None and minutes is None else limited(Recipe.load(recipe), epochs, minutes),
+            recipe=recipe if epochs is None and minutes is None else limited(recipe, epochs, minutes),
             engine=engine,
             out=out,
             calib=calib,

@@ -15,10 +15,10 @@ from martlet.cli.stop import Stopped
 from martlet.cli.terminal import emit, facts, note, show, working
 from martlet.core.errors import UsageError
 from martlet.core.kept import Kept
-from martlet.core.recipe import Recipe
 from martlet.core.technique import Scalars, unplotted
 
 if TYPE_CHECKING:
+    from martlet.core.recipe import Recipe
     from martlet.core.store import Artifact
 
 
@@ -70,7 +70,7 @@ def train(
             artifact = train(
                 lambda: model_options.load(model, seed),
                 images=open_images(images, class_map=class_map, split=split, limit=limit, seed=seed),
-                recipe=limited(Recipe.load(recipe), epochs, minutes),
+                recipe=limited(recipe, epochs, minutes),
                 out=out,
                 teacher=teacher,
                 num_calib=num_calib,
@@ -81,21 +81,25 @@ def train(
                 command=ctx.obj,
             )
     except Stopped:
-        if (kept := Kept.beside(out)).folder.exists():
-            note(f"what was learned is kept in {kept.folder}; the same command goes on from there")
+        folder = Kept.beside(out).folder
+        if any(folder.glob("*.safetensors")):
+            note(f"what was learned is kept in {folder}; the same command goes on from there")
         raise
     _tell(artifact, json)
     return 0
 
 
-def limited(recipe: Recipe, epochs: float | None, minutes: float | None) -> Recipe:
-    """The recipe with other limits for its passes that train.
+def limited(spec: str, epochs: float | None, minutes: float | None) -> Recipe:
+    """The recipe with other limits for its passes that train, where any are given.
 
     Raises:
-        UsageError: none does.
+        RecipeError: as `Recipe.load`.
+        UsageError: no pass trains.
     """
+    from martlet.core.recipe import Recipe
     from martlet.training.technique import Training
 
+    recipe = Recipe.load(spec)
     changes = {name: value for name, value in (("epochs", epochs), ("minutes", minutes)) if value is not None}
     if changes and not any(isinstance(technique, Training) for technique in recipe.passes):
         raise UsageError(f"--{next(iter(changes))} limits passes that train, and {recipe} has none")

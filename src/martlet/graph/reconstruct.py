@@ -27,6 +27,7 @@ from martlet.functional.packing import pack
 from martlet.graph.objectives import Block, Loss
 from martlet.graph.segments import blocks, extract
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
+from martlet.nn.straight_through import LearnedScale, Passing
 
 BATCH = 8
 """Images in a step. On CPU cores a step's time grows with them."""
@@ -163,69 +164,14 @@ class _FreeWeight(_LearnedWeight):
         return self.quantizer.unflatten((self.v + (rounded - self.v.detach())) * self.scale)
 
 
-class _LearnedScale(nn.Module):
-    """A table whose scale has a gradient, through the rounding as if it weren't there (LSQ: Esser et al., 2020)."""
-
-    def __init__(self, quantizer: TableQuantizer) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self.factor = nn.Parameter(torch.ones_like(quantizer.scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.quantizer.along(self.quantizer.scale * self.factor, x)
-        return _StraightThrough.apply(x, scale, self.quantizer)
-
-    def finish_(self) -> None:
-        self.quantizer.scale.mul_(self.factor.detach())
-
-
-class _Passing(nn.Module):
-    """A grid of 8 bits, which engines have kernels for, as it is, with a gradient as if it weren't there."""
-
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = self.quantizer(x)
-            within = ((y - x).abs() <= self.quantizer.scale).to(x.dtype)  # beyond the grid it is farther
-        passed = x * within
-        return passed + (y - passed).detach()
-
-    def finish_(self) -> None:
-        """It is as it was."""
-
-
-class _StraightThrough(torch.autograd.Function):
-    """y = (table(x / s + o) - o) s, with dy/dx = 1 within the table and 0 outside, and dy/ds = (y - x dy/dx) / s."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, quantizer: TableQuantizer) -> Tensor:  # type: ignore[override]
-        offset = quantizer.along(quantizer.offset, x)
-        low, high = (0, 2**quantizer.bits - 1) if quantizer.values is None else quantizer.values[[0, -1]].tolist()
-        position = (x / scale).add_(offset)
-        within = (position >= low) & (position <= high)
-        y = quantizer.look_up(position).sub_(offset).mul_(scale)
-        ctx.save_for_backward(x, y, scale, within)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, y, scale, within = ctx.saved_tensors
-        passed = gradient * within
-        by_scale = torch.addcmul(gradient * y, passed, x, value=-1)
-        return passed, by_scale.sum_to_size(scale.shape) / scale, None
-
-
 class _Learner:
     """A block whose quantizers have parameters while it learns."""
 
     def __init__(self, module: GraphModule, weights: GraphModule, freedom: str) -> None:
         self.module = module
         self.weights: dict[str, _LearnedWeight] = {}
-        self.scales: dict[str, _LearnedScale] = {}
-        self.passing: dict[str, _Passing] = {}
+        self.scales: dict[str, LearnedScale] = {}
+        self.passing: dict[str, Passing] = {}
         self.floats = list(module.parameters())
         kind = _SoftWeight if freedom == "rounding" else _FreeWeight
         for node in module.graph.nodes:
@@ -237,9 +183,9 @@ class _Learner:
                 owner, _, leaf = name.removesuffix("_quantizer").rpartition(".")
                 self.weights[name] = kind(quantizer, getattr(weights.get_submodule(owner), leaf))
             elif isinstance(quantizer, ActivationQuantizer):
-                self.passing[name] = _Passing(quantizer)
+                self.passing[name] = Passing(quantizer)
             elif isinstance(quantizer, TableQuantizer):
-                self.scales[name] = _LearnedScale(quantizer)
+                self.scales[name] = LearnedScale(quantizer)
 
     def learn_(
         self, exact: Tensor, rounded: Tensor, target: Tensor, loss: Loss, learning: Learning, generator: torch.Generator

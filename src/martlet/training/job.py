@@ -62,16 +62,15 @@ def train(
         RecipeError: no pass trains.
         MartletError: see `martlet.core.errors`; nothing is left at `out`.
     """
-    from accelerate import PartialState
-
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
     from martlet.data.examples import Examples
     from martlet.report.training import write
     from martlet.source import load_model
+    from martlet.training.order import processes
     from martlet.training.technique import Training
 
-    out, processes = Path(out), PartialState()
+    out, crew = Path(out), processes()
     store.check_free(out, overwrite)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     recipe.facts()
@@ -89,13 +88,13 @@ def train(
         "teacher": None if its_teacher is None else [its_teacher.name, its_teacher.origin],
         "seed": seed,
     }
-    _claim(kept, run, processes.is_main_process)
+    _claim(kept, run, crew.is_main_process)
     examples = Examples.read(pool, source.preprocess, source.num_classes, progress)
     context = Context(training=examples, teacher=its_teacher, seed=seed, progress=progress, kept=kept, scalars=scalars)
     if any(technique.needs_images and not isinstance(technique, Training) for technique in recipe.passes):
         context.images = Calibration(pool, source.preprocess, n=num_calib, seed=seed, progress=progress)
     done = pipeline.run(source, recipe, context)
-    if processes.is_main_process:
+    if crew.is_main_process:
         document = {
             **run,
             "model": source.name,
@@ -116,7 +115,7 @@ def train(
             write(document, folder / "training.html")
             store.seal(folder, done, "torch", files)
         shutil.rmtree(kept.folder, ignore_errors=True)
-    processes.wait_for_everyone()
+    crew.wait_for_everyone()
     return store.load(out)
 
 
@@ -146,13 +145,13 @@ def _torch() -> Any:
 
 
 def _claim(kept: Kept, run: Mapping[str, Any], writes: bool) -> None:
-    """Makes sure that what was kept is of this training.
+    """Makes sure that what was kept, if anything was, is of this training.
 
     Raises:
         UsageError: it isn't; says in what it differs.
     """
     file, now = kept.folder / RUN, json.loads(json.dumps(run))
-    if file.is_file():
+    if file.is_file() and any(kept.folder.glob("*.safetensors")):
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

@@ -18,7 +18,7 @@ from martlet.data.examples import Examples
 from martlet.training import checkpoint
 from martlet.training.history import History
 from martlet.training.objective import RATE, Batch, Objective
-from martlet.training.order import Order, own_randomness, seed_
+from martlet.training.order import Order, own_randomness, processes, seed_
 
 if TYPE_CHECKING:
     from martlet.training.technique import Training
@@ -50,6 +50,7 @@ def train_(
     """
     from accelerate import Accelerator
 
+    processes()
     accelerator = Accelerator()
     teacher = None if context.teacher is None else context.teacher.module
     flags = {parameter: parameter.requires_grad for parameter in model.module.parameters()}
@@ -58,8 +59,6 @@ def train_(
             for module in filter(None, (model.module, teacher)):
                 module.to(accelerator.device)
             return _Run(model, objective, examples, settings, context, accelerator).run_()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             if accelerator.num_processes > 1 and "onnection" in str(error):
                 raise MartletError(
@@ -125,7 +124,6 @@ class _Run:
 
     def run_(self) -> dict[str, Any]:
         student, objective = self.model.module, self.objective
-        objective.moved_(self.device)
         objective.to(self.device)
         objective.prepare_(student)
         try:
@@ -183,8 +181,7 @@ class _Run:
                     settings.patience, student if ema is None else ema.module
                 ):
                     self.steps = step
-            done = f"train, loss {loss:.3f}"
-            self.context.progress(done, step, self.steps)
+            self.context.progress(f"train, loss {loss:.3f}", step, self.steps)
             if self.kept is not None and self.main and time.monotonic() - saved >= SAVE_SECONDS:
                 self._save(state, step)
                 saved = time.monotonic()

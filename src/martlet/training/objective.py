@@ -64,9 +64,6 @@ class Objective(nn.Module):
         assert batch.labels is not None
         return functional.cross_entropy(logits, batch.labels)
 
-    def moved_(self, device: torch.device) -> None:
-        """To where the student is: what isn't a part of this module."""
-
 
 class Teacher:
     """A model that is asked and never changed. No part of the objective's module, so neither kept nor trained.

@@ -1,4 +1,4 @@
-"""Which images a step sees, how each is changed, and what chance is: all from the seed, whatever came before."""
+"""Who sees which images in which step, how each is changed, and what chance is: from the seed, whatever came before."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +67,11 @@ def own_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def processes() -> PartialState:
+    """Those that a launcher started, or this one alone. On CPUs they find each other only if told that it is CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())

@@ -17,9 +17,10 @@ from martlet.functional.twin import TwinGeluGrid
 from martlet.graph import rounding
 from martlet.graph.fit import fit
 from martlet.graph.objectives import Block, mean_squared
-from martlet.graph.reconstruct import Learning, _LearnedScale, _Passing, reconstruct_
+from martlet.graph.reconstruct import Learning, reconstruct_
 from martlet.graph.sites import sites
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
+from martlet.nn.straight_through import LearnedScale, Passing
 from martlet.techniques.quantize.uniform import Uniform
 
 IMAGES = torch.randn(16, 3, *SIZE, generator=torch.Generator().manual_seed(3))
@@ -56,7 +57,7 @@ def test_gradients_of_a_learned_scale(kind):
     else:
         scale = torch.tensor(0.2) if kind == "tensor" else torch.tensor([0.1, 0.2, 0.3])
         quantizer = TableQuantizer(4, scale, torch.full_like(scale, 7.0))
-    layer = _LearnedScale(quantizer)
+    layer = LearnedScale(quantizer)
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     mine = x.clone().requires_grad_()
     (layer(mine) * probe).sum().backward()
@@ -185,7 +186,7 @@ def test_grids_of_eight_bits_let_gradients_pass() -> None:
     """Else only what comes after the last of them would learn."""
     quantizer = ActivationQuantizer(torch.tensor(0.01), torch.tensor(100, dtype=torch.uint8))
     x = torch.tensor([-1.5, -0.5, 0.003, 1.2, 3.0], requires_grad=True)
-    y = _Passing(quantizer)(x)
+    y = Passing(quantizer)(x)
     assert torch.equal(y, quantizer(x))
     y.sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
