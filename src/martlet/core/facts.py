@@ -18,6 +18,8 @@ class Fact(StrEnum):
     """Every block computes every token."""
     UNFUSED = "unfused"
     """Batch norms and training-time branches still stand apart."""
+    WHOLE_LINEARS = "whole_linears"
+    """Every linear map is one Linear; no factors of it stand in its place."""
     FLOAT_WEIGHTS = "float_weights"
     """Linear and convolution weights are floating point."""
     FLOAT_ACTIVATIONS = "float_activations"

@@ -37,7 +37,7 @@ class Pruning(Technique):
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
     needs_images: ClassVar[bool] = True
 
     prune_ratio: float = 0.2

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from martlet.core.errors import SourceError
 from martlet.nn.attention import ShapedAttention
+from martlet.nn.low_rank import LowRankLinear
 
 Family = Literal["vit", "swin"]
 
@@ -284,13 +285,13 @@ def need(owner: Part, name: str) -> Part:
 
 
 def linear(owner: Part, name: str, rows: slice | None = None) -> LinearView:
-    """A Linear of `owner`, all of it or some of its rows.
+    """A Linear of `owner`, or the two thin ones in its place, all of it or some of its rows.
 
     Raises:
         SourceError: it isn't an `nn.Linear`.
     """
     found = need(owner, name)
-    if not isinstance(found.module, nn.Linear):
+    if not isinstance(found.module, nn.Linear | LowRankLinear):
         raise refuse(found, f"isn't a Linear but {type(found.module).__name__}")
     return LinearView(found.name, found.module, rows or slice(0, found.module.out_features))
 

@@ -1,0 +1,1 @@
+"""low_rank: products of thin matrices in the place of wide ones."""
