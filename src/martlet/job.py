@@ -100,14 +100,15 @@ def compress(
         num_calib = num_calib if recipe.needs_images else 0
         test, calibration = _data(images, train if calib is None else calib, num_calib, source, seed, progress)
         context.images = calibration
+        training = None
         if train is not None:
             from martlet.data import open_images
             from martlet.data.examples import Examples
 
-            pool = open_images(train)
-            if pool.source == test.source and isinstance(train, str | Path):
+            training = open_images(train)
+            if training.source == test.source and isinstance(train, str | Path):
                 raise UsageError("--images and --train are the same; what is tested on can't be trained on")
-            context.training = Examples.read(pool, source.preprocess, source.num_classes, progress)
+            context.training = Examples.read(training, source.preprocess, source.num_classes, progress)
         if teacher is not None:
             from martlet.training.job import load_teacher
 
@@ -132,10 +133,29 @@ def compress(
             progress("write the baseline's files", 1, 2)
             baseline_files = store.write_model(Path(plain), source, target, graphs["baseline"])
             store.seal(Path(plain), source, engine, baseline_files)
+<<<<<<< HEAD
         duel = Duel(
             target, source, compressed, graphs, Path(plain), folder, baseline_files, files, threads, seed, progress
         )
         prove(duel, test, calibration, clock, max_drop, command, patches)
+=======
+        duel = Duel(target, source, compressed, Path(plain), folder, baseline_files, files, threads, seed, progress)
+        document = duel.measure(test, clock)
+        document["recipe"] = describe_recipe(compressed)
+        document["data"] = {
+            "images": describe_images(test, document["fidelity"]["n_images"], None),
+            "calibration": calibration and describe_images(calibration.images, calibration.num_images, seed),
+        }
+        if training is not None and context.training is not None:
+            document["data"]["training"] = describe_images(training, len(context.training), None)
+        if patches:
+            document["patches"] = patches
+        document["gate"] = gate(document, max_drop)
+        document["command"] = command
+        document["seconds"] = clock.total()
+        store.write_report(folder, document)
+        store.seal(folder, compressed, engine, files)
+>>>>>>> helper-e
     shutil.rmtree(kept.folder, ignore_errors=True)
     return store.load(out)
 

@@ -64,7 +64,10 @@ def test_what_was_trained_is_trained_on_and_compressed(martlet, trained, tmp_pat
         "--epochs", 0.05, "--engine", "torch", "--out", tmp_path / "small", "--json",
     )  # fmt: skip
     assert done.status in (0, 3), done.err
-    steps = json.loads(done.out)["recipe"]["steps"]
+    document = json.loads(done.out)
+    assert document["data"]["training"]["n_images"] == 4000
+    assert "Images it was trained on" in (tmp_path / "small" / "report.html").read_text()
+    steps = document["recipe"]["steps"]
     assert [step["name"] for step in steps] == ["finetune", "distill"]
     assert steps[1]["record"]["images"] == 3920
     assert steps[1]["record"]["steps"] == 2

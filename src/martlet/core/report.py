@@ -159,7 +159,8 @@ class Document(TypedDict):
     recipe: dict[str, Any]
     """`text` (one line), `yaml`, `digest`, `steps` (list of StepReport)."""
     data: dict[str, Any]
-    """`images` and `calibration`: each `source`, `n_images`, `labelled`, `skipped` (list of names), `seed`; or None."""
+    """`images` and `calibration`: each `source`, `n_images`, `labelled`, `skipped` (list of names), `seed`; or None.
+    Where the model was trained, `training` too."""
     engine: dict[str, Any]
     """`name`, `version`, `threads`, `batch`, `settings` (precision of the floating-point parts, of each side)."""
     environment: dict[str, Any]

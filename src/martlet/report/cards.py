@@ -139,11 +139,17 @@ def _reasons(paper: Paper, names: Sequence[str]) -> list[str]:
 
 
 def _techniques(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which techniques take every model of a family, by their own check; none recorded, nothing said."""
+    """Which techniques take every model of a family, by their own check; none recorded, nothing said.
+
+    Those that train aren't asked: they train whatever there is.
+    """
+    from martlet.training.technique import Training
+
     taken = [set(record["export"]["techniques"]) for record in records if "techniques" in record.get("export", {})]
     if not taken:
         return []
-    by_family = groupby(registry.entries().values(), key=lambda entry: entry.family)
+    asked = [entry for name, entry in registry.entries().items() if not issubclass(registry.technique(name), Training)]
+    by_family = groupby(asked, key=lambda entry: entry.family)
     said = []
     for family, entries in by_family:
         every = [entry.name for entry in entries]

@@ -35,7 +35,9 @@ class LSQ(Training):
     Paper: Esser et al., Learned Step Size Quantization, 2020, arXiv 1902.08153, sections 2.1 and 2.2.
     Differs: grids have zero points and a step for each channel or group where the quantization before has them, and
         begin as it chose them. A step is learned relative to what it was, because AdamW, unlike the paper's SGD, takes
-        steps of the same length whatever the gradient's scale. The loss is the teacher's logits, not labels.
+        steps of the same length whatever the gradient's scale; that scale, which then only weighs in where gradients
+        are clipped, is taken for weights alone, with q = 2^(bits - 1), one more than the paper's. The loss is the
+        teacher's logits, not labels.
     Raises: RecipeError for a setting out of range, without images, where nothing is rounded, or where the teacher is
         too; UsageError for a teacher with other classes; and as the loop does.
     """
