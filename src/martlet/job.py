@@ -133,29 +133,13 @@ def compress(
             progress("write the baseline's files", 1, 2)
             baseline_files = store.write_model(Path(plain), source, target, graphs["baseline"])
             store.seal(Path(plain), source, engine, baseline_files)
-<<<<<<< HEAD
+        described = None
+        if training is not None and context.training is not None:
+            described = describe_images(training, len(context.training), None)
         duel = Duel(
             target, source, compressed, graphs, Path(plain), folder, baseline_files, files, threads, seed, progress
         )
-        prove(duel, test, calibration, clock, max_drop, command, patches)
-=======
-        duel = Duel(target, source, compressed, Path(plain), folder, baseline_files, files, threads, seed, progress)
-        document = duel.measure(test, clock)
-        document["recipe"] = describe_recipe(compressed)
-        document["data"] = {
-            "images": describe_images(test, document["fidelity"]["n_images"], None),
-            "calibration": calibration and describe_images(calibration.images, calibration.num_images, seed),
-        }
-        if training is not None and context.training is not None:
-            document["data"]["training"] = describe_images(training, len(context.training), None)
-        if patches:
-            document["patches"] = patches
-        document["gate"] = gate(document, max_drop)
-        document["command"] = command
-        document["seconds"] = clock.total()
-        store.write_report(folder, document)
-        store.seal(folder, compressed, engine, files)
->>>>>>> helper-e
+        prove(duel, test, calibration, clock, max_drop, command, patches, described)
     shutil.rmtree(kept.folder, ignore_errors=True)
     return store.load(out)
 
@@ -168,14 +152,20 @@ def prove(
     max_drop: float | None,
     command: str | None,
     patches: Sequence[report.Patches] = (),
+    training: dict[str, Any] | None = None,
 ) -> Document:
-    """Measures both sides on the test images, and seals the artifact's folder with the report. Returns the report."""
+    """Measures both sides on the test images, and seals the artifact's folder with the report. Returns the report.
+
+    patches, training: what the report says of them, if there is anything.
+    """
     document = duel.measure(test, clock)
     document["recipe"] = describe_recipe(duel.compressed)
     document["data"] = {
         "images": describe_images(test, document["fidelity"]["n_images"], None),
         "calibration": calibration and describe_images(calibration.images, calibration.num_images, duel.seed),
     }
+    if training:
+        document["data"]["training"] = training
     if patches:
         document["patches"] = [*patches]
     document["gate"] = gate(document, max_drop)

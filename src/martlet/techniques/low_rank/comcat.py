@@ -136,6 +136,7 @@ def pairs(vit: VitView) -> dict[int, list[Pair]]:
         RecipeError: none of any.
     """
     found: dict[int, list[Pair]] = {}
+    refusal: RecipeError | None = None
     for number, block in enumerate(vit.blocks):
         for pair in ("qk", "v"):
             try:
@@ -144,6 +145,6 @@ def pairs(vit: VitView) -> dict[int, list[Pair]]:
                 refusal = error
             else:
                 found.setdefault(number, []).append(pair)
-    if not found:
+    if not found and refusal is not None:
         raise refusal
     return found
