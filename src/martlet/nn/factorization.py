@@ -152,7 +152,7 @@ def sites(model: Model) -> list[Site]:
     """
     rows: dict[str, int] = {}
     handles = []
-    named = {name: module for name, module in model.module.named_modules() if _is_linear(module)}
+    named = {n: cast(nn.Linear, module) for n, module in model.module.named_modules() if _is_linear(module)}
     owners: dict[int, int] = {}
     for module in model.module.modules():
         for parameter in module.parameters(recurse=False):

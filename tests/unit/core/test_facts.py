@@ -27,9 +27,9 @@ def test_a_technique_has_the_facts_of_its_stage_and_its_own():
     [
         ("none", ALL_FACTS),
         ("fuse", ALL_FACTS - {Fact.UNFUSED}),
-        ("bf16", {Fact.ALL_TOKENS, Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS}),
-        ("int8-f32", {Fact.GRAPH, Fact.ALL_TOKENS, Fact.FREE_PRECISION}),
-        ("int8", {Fact.ALL_TOKENS}),
+        ("bf16", {Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS}),
+        ("int8-f32", {Fact.GRAPH, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.FREE_PRECISION}),
+        ("int8", {Fact.ALL_TOKENS, Fact.WHOLE_LINEARS}),
     ],
 )
 def test_what_is_left_after_a_recipe(spec, left):

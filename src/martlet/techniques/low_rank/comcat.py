@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from martlet.vit.structure import (
 from martlet.vit.view import BlockView, VitView, view
 
 Pair = Literal["qk", "v"]
+PAIRS: tuple[Pair, ...] = ("qk", "v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,14 @@ class COMCAT(Technique):
         ranks = self._ranks(model, before, able, factors)
         for number, each in factors.items():
             vit = view(model.module)
-            qk, v = ranks.get((number, "qk"), each.weights.qk_dim), ranks.get((number, "v"), each.weights.v_dim)
+            qk = ranks.get((number, "qk"), each.weights.qk_dim)
+            v = ranks.get((number, "v"), each.weights.v_dim)
             put_attention_(vit, vit.blocks[number], each.at(qk, v))
         record = record_of(before, list(range(len(before.blocks))), view(model.module))
         left = [
             f"{block.attention.name} ({pair})"
             for i, block in enumerate(before.blocks)
-            for pair in get_args(Pair)
+            for pair in PAIRS
             if pair not in able.get(i, ())
         ]
         return record | {"left_whole": left}
@@ -135,7 +137,7 @@ def pairs(vit: VitView) -> dict[int, list[Pair]]:
     found: dict[int, list[Pair]] = {}
     refusal: RecipeError | None = None
     for number, block in enumerate(vit.blocks):
-        for pair in get_args(Pair):
+        for pair in PAIRS:
             try:
                 check_attention(vit, block, "comcat", pair)
             except RecipeError as error:
