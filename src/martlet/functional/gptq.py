@@ -41,6 +41,14 @@ def input_hessian(rows: Float[Tensor, "r i"], importance: Float[Tensor, " r"] | 
     return rows.T @ (rows * importance.double()[:, None])
 
 
+def effective_rows(rows: Float[Tensor, "r i"], importance: Float[Tensor, " r"] | None = None) -> float:
+    """How many rows of equal importance say as much: (Σ w)² / Σ w², Kish's effective sample size; at least 1."""
+    if importance is None:
+        return float(len(rows))
+    weights = importance.double()
+    return max(1.0, float(weights.sum().square() / weights.square().sum().clamp(min=torch.finfo(torch.float64).tiny)))
+
+
 def attention_concentration(attention: Float[Tensor, "... h t t"], least: float = 0.01) -> Float[Tensor, "... t"]:
     """RSQ's r of each token: the attention it gets from all tokens in all heads, scaled to [least, 1] in each image.
 

@@ -13,6 +13,7 @@ from martlet.functional.formats import IntegerGrid, TableGrid, WeightGrid, norma
 from martlet.functional.gptq import (
     RoundedWeight,
     attention_concentration,
+    effective_rows,
     gptq,
     input_hessian,
     output_error,
@@ -165,6 +166,15 @@ def test_hessian_is_a_sum_over_rows():
     assert torch.allclose(input_hessian(rows, importance**2), scaled.T @ scaled, rtol=1e-10)
     assert torch.allclose(input_hessian(rows[:70]) + input_hessian(rows[70:]), input_hessian(rows), rtol=1e-10)
     assert not torch.allclose(input_hessian(rows, importance**2), input_hessian(rows, importance), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("importance", "expected"),
+    [(None, 4), ([2, 2, 2, 2], 4), ([1, 1, 0, 0], 2), ([3, 1, 0, 0], 1.6), ([0, 0, 0, 0], 1)],
+)
+def test_effective_rows(importance, expected):
+    weights = None if importance is None else torch.tensor(importance, dtype=torch.float64)
+    assert effective_rows(torch.zeros(4, 2), weights) == pytest.approx(expected)
 
 
 def test_equal_importance_is_plain_gptq_and_other_is_not():

@@ -113,7 +113,9 @@ def test_every_linear_is_rounded_for_the_inputs_that_the_rounded_ones_before_it_
     assert len(found) == 4 * MODELS[kind].get("depth", 1) + 1
 
     def agreement(rows: dict[str, Tensor], name: str) -> float:
-        expected = gptq(weights[name], input_hessian(rows[name]), IntegerGrid(3), 32, 0.02, activation_order=True)
+        seen, features = rows[name].shape
+        damping = max(0.02, 0.3 * features / seen)
+        expected = gptq(weights[name], input_hessian(rows[name]), IntegerGrid(3), 32, damping, activation_order=True)
         return (found[name].integers()[0] + 4 == expected.codes).float().mean().item()
 
     after, before = inputs_of(compressed.module), inputs_of(trace(original.module, SIZE))
@@ -137,6 +139,28 @@ def test_outputs_err_less_than_rounded_to_nearest(monkeypatch: pytest.MonkeyPatc
     x = images(16)  # others than it was calibrated on
     exact = logits(original.module, x)
     assert error(exact, logits(better.module, x)) < error(exact, logits(nearest.module, x))
+
+
+def test_few_rows_are_not_made_up_for_at_the_cost_of_others() -> None:
+    """A classifier sees one row an image: 128 of 192 features, as ViT-Ti's."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(192, 192, generator=generator)
+    seen, others = (torch.randn(n, 192, generator=generator) @ mixing for n in (128, 2000))
+    weight, grid = torch.randn(64, 192, generator=generator), IntegerGrid(4)
+
+    def loss(rounded: Tensor, rows: Tensor) -> float:
+        return output_error(rounded - weight, input_hessian(rows)).sum().item()
+
+    found = GPTQ().round(seen, weight, None, grid, 32).weight
+    nearest = round_to_nearest(weight, grid, 32).weight
+    fitted = gptq(weight, input_hessian(seen), grid, 32, GPTQ().damping).weight
+    assert loss(found, seen) < loss(nearest, seen)
+    assert loss(found, others) < loss(nearest, others)
+    assert loss(fitted, others) > loss(nearest, others)  # what the damping of many rows would do
+    rows = torch.cat([seen] * 100)  # many: the damping asked for
+    assert torch.equal(
+        GPTQ().round(rows, weight, None, grid, 32).codes, gptq(weight, input_hessian(rows), grid, 32, 0.01).codes
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -31,7 +31,8 @@ class GPTQ(SequentialWeights):
         of its input features; at run time, the weights' unpacking.
     Paper: Frantar et al., GPTQ, 2023, arXiv 2210.17323, algorithm 1; activation order is the official code's.
     Differs: sequential as in the paper, Linear by Linear on inputs that the rounded ones before it give; the official
-        code does so block by block. A weight that several Linears share is rounded for the inputs of the first.
+        code does so block by block, and leaves the last Linear in floating point; here it is rounded, with more damping
+        where it has seen few rows. A weight that several Linears share is rounded for the inputs of the first.
     Raises: RecipeError for a setting out of range, groups that divide no Linear's input features, or without images;
         UsageError if the model has no Linear; NumericsError for inputs that are NaN, or a damping too small.
     """
