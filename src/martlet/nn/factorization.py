@@ -164,7 +164,9 @@ def sites(model: Model) -> list[Site]:
     finally:
         for handle in handles:
             handle.remove()
-    return [Site(name, cast(nn.Linear, named[name]), n) for name, n in rows.items() if owners[id(named[name].weight)] == 1]
+    return [
+        Site(name, cast(nn.Linear, named[name]), n) for name, n in rows.items() if owners[id(named[name].weight)] == 1
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:
