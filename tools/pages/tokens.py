@@ -27,8 +27,8 @@ ABOUT = {
     ),
     "times": (
         "Times",
-        "How many times faster than the untouched model, both in float32, from one interleaved run on OpenVINO for each "
-        "line (90 % interval). Weights are random.",
+        "How many times faster than the untouched model, both in float32, from one interleaved run on OpenVINO for "
+        "each line (90 % interval). Weights are random.",
     ),
 }
 """By part: its heading, and what stands under it."""
