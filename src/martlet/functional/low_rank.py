@@ -130,7 +130,7 @@ def of_heads(weights: HeadWeights, *, scores: bool = True, values: bool = True) 
     b_q goes with W_q, as a column. The weights of a softmax add up to 1, so that b_v gives W_proj b_v whatever they
     are, which goes to the bias of proj. So at full rank nothing is lost, biases included.
     scores, values: which of the two to factorize; the other stays as it is, with a spectrum of ones.
-    Source: Xiao et al., COMCAT, 2023, arXiv 2305.17235, section 3.2.
+    Source: Xiao et al., COMCAT, 2023, arXiv 2305.17235, after the official code.
     Differs: the official code has no biases left; both factors get half of the singular values.
     """
     heads, qk, v = weights.num_heads, weights.qk_dim, weights.v_dim

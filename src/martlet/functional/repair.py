@@ -74,8 +74,8 @@ def removal_order(gram: Gram, ridge: float) -> Order:
 
     With P = xx⁻¹ and W = P xy, removing input j adds |W_j|² / P_jj; then P and W lose their share of j. It is the
     optimal brain surgeon's order for whole columns, exact for a quadratic.
-    Source: Hassibi and Stork, Optimal Brain Surgeon, 1992, equations 5 and 6, for columns as in Kurtic et al., ZipLM,
-    2023, arXiv 2302.04089, equations 2 to 4.
+    Source: Hassibi and Stork, Optimal Brain Surgeon, 1992, for columns as in Kurtic et al., ZipLM, 2023, arXiv
+    2302.04089; derived here, without the papers' text at hand.
     """
     inputs = gram.xx.shape[0] - 1
     pull = ridge * gram.xx.diagonal()[:-1].mean()

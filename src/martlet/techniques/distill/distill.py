@@ -32,8 +32,8 @@ class Distill(Training):
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
     Cost: about four inferences a step and image, in floating point; nothing at run time.
-    Paper: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531, section 2; Touvron et
-        al., DeiT, 2021, arXiv 2012.12877, equations 2 and 3.
+    Paper: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531; Touvron et al., DeiT,
+        2021, arXiv 2012.12877, hard distillation.
     Differs: nothing is learned from labels, which both papers weigh in. DeiT's own token for it isn't added, for
         structure stays.
     Raises: RecipeError for a setting out of range or without images; UsageError for a teacher with other classes; and

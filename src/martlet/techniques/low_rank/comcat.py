@@ -44,7 +44,7 @@ class COMCAT(Technique):
     Shape: unchanged outside; dimensions of heads inside.
     Needs: nothing.
     Cost: two singular value decompositions for each head; at run time, less than before.
-    Paper: Xiao et al., COMCAT, 2023, arXiv 2305.17235, section 3.2, and its official code.
+    Paper: Xiao et al., COMCAT, 2023, arXiv 2305.17235, from its abstract and official code.
     Differs: the paper trains which rank each layer gets, through a softmax with noise over a few ranks, and the model
         after that; here an integer programme picks the ranks whose shares of squares lost add up to the least, and
         nothing is trained. The official code has no biases in what it factorizes; here they are kept.

@@ -39,8 +39,8 @@ class FuseGPT(Technique):
     Needs: some hundred calibration images, without labels. The first block of each stage stays.
     Cost: at compress time, for each removal half a forward pass of 64 images for each block, and six of all images; at
         run time, blocks that aren't there.
-    Paper: Pei et al., FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers, 2024, arXiv 2411.14507,
-        section 3: macro influence, and fusion in a group of neighbors.
+    Paper: Pei et al., FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers, 2024, arXiv 2411.14507:
+        macro influence, and fusion in a group of neighbors; from its abstract and official code.
     Differs: the paper adds the removed weights to the neighbors' under learned low-rank coefficients, and trains these
         and low-rank updates on the group's output. Here nothing is trained: units are offered as they are, chosen and
         weighed by least squares on the output of the pair; attention of the removed block is left to that fit. The

@@ -30,8 +30,8 @@ class Magnitude(ScoredPruning):
     Shape: unchanged outside; heads, their dimensions and hidden units inside.
     Needs: calibration images for the repair; without it none are looked at.
     Cost: at compress time, six forward passes of the images for the repair; at run time, less than before.
-    Paper: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv 1506.02626,
-        section 3; for filters as wholes, Li et al., 2017, arXiv 1608.08710, section 3.1.
+    Paper: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv 1506.02626;
+        for filters as wholes, Li et al., 2017, arXiv 1608.08710; as Torch-Pruning has them.
     Differs: structure instead of single weights, in vision transformers instead of convolutions; squares instead of
         absolute values, as Torch-Pruning has them; nothing is retrained, but what stays is refitted in closed form.
     Raises: RecipeError for a ratio that would empty layers, or a group that the model can't cut; SourceError for a

@@ -39,8 +39,8 @@ class NViT(ScoredPruning):
     Needs: calibration images, without labels, and memory for gradients of one batch.
     Cost: at compress time, one forward and backward pass of the images, and six forward passes for the repair; at run
         time, less than before.
-    Paper: Yang et al., Global Vision Transformer Pruning with Hessian-Aware Saliency, 2023, arXiv 2110.04869, section
-        3.2: saliency, and its latency-aware form.
+    Paper: Yang et al., Global Vision Transformer Pruning with Hessian-Aware Saliency, 2023, arXiv 2110.04869:
+        saliency, and its latency-aware form; from its abstract and official code.
     Differs: one step, with a closed-form repair, where the paper prunes little by little in training. Without labels,
         the loss is the cross entropy with the model's own classes. The width is left as it is. Saliency and latency are
         shares of the model's, so that one weight of the regularization serves all models; the official code takes

@@ -23,9 +23,9 @@ class SparseGPT(Sparsity):
     Cost: at compress time, two forward passes of the images, and a factorization for each map; at run time, what it
         was, without such kernels.
     Paper: Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023, arXiv
-        2301.00774, algorithm 1, with groups as in section 3.3.
-    Differs: columns are not worked on in lazy batches, which changes speed only. q, k and v, which read the same, are
-        three maps.
+        2301.00774, its algorithm, with groups of two in four.
+    Differs: written without the paper's text at hand. Columns are not worked on in lazy batches, which changes speed
+        only. q, k and v, which read the same, are three maps.
     Raises: RecipeError for Linears whose inputs groups don't fill, or attention of torchvision's Swin; SourceError for
         a model that isn't a vision transformer.
     """

@@ -29,11 +29,11 @@ class Taylor(ScoredPruning):
     Needs: calibration images, without labels, and memory for gradients of one batch.
     Cost: at compress time, one forward and backward pass of the images, and six forward passes for the repair; at run
         time, less than before.
-    Paper: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv 1906.10771, section 3.1,
-        equation 8.
-    Differs: absolute values in place of squares, as Torch-Pruning has them, so that sizes of groups compare. Without
-        labels, the loss is the cross entropy with the model's own classes. One step, not many with training between;
-        what stays is refitted in closed form.
+    Paper: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv 1906.10771: the
+        first-order form.
+    Differs: written without the paper's text at hand. Absolute values in place of squares, as Torch-Pruning has them,
+        so that sizes of groups compare. Without labels, the loss is the cross entropy with the model's own classes. One
+        step, not many with training between; what stays is refitted in closed form.
     Raises: RecipeError for a ratio that would empty layers, or a group that the model can't cut; SourceError for a
         model that isn't a vision transformer.
     """

@@ -21,9 +21,9 @@ class Wanda(Sparsity):
     Shape: unchanged.
     Needs: calibration images, without labels.
     Cost: at compress time, two forward passes of the images; at run time, what it was, without such kernels.
-    Paper: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023, arXiv 2306.11695,
-        section 3, equation 1; zeros are compared in a row, as there.
-    Differs: nothing known; a vision transformer in the place of a language model.
+    Paper: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023, arXiv 2306.11695:
+        zeros are compared in a row, as there.
+    Differs: written without the paper's text at hand; a vision transformer in the place of a language model.
     Raises: RecipeError for Linears whose inputs groups don't fill, or attention of torchvision's Swin; SourceError for
         a model that isn't a vision transformer.
     """

@@ -42,13 +42,13 @@ class ZipLM(Pruning):
     Cost: at compress time, some ten forward passes of 48 images for each block, and six of all; memory for the tokens
         of all images, twice. At run time, less than before.
     Paper: Kurtic, Frantar and Alistarh, ZipLM: Inference-Aware Structured Pruning of Language Models, 2023, arXiv
-        2302.04089, section 3: removal by equations 2 to 4, for units of MLPs; levels for each layer, and a choice among
-        them under a budget.
-    Differs: the budget is MACs, not measured time. Dimensions of attention go in the coordinates in which they lose
-        least, and not as whole heads: what is left of q kᵀ is its best approximation of that rank, and so for v with
-        proj. Losses of levels are measured divergences of logits that are added up, where the paper searches over
-        weights for layerwise errors. Targets of the repair are the whole model's tokens, where the paper's are those of
-        the model before the step. Nothing is distilled or trained.
+        2302.04089: removal of columns by the optimal brain surgeon, for units of MLPs; levels for each layer, and a
+        choice among them under a budget.
+    Differs: written without the paper's text at hand. The budget is MACs, not measured time. Dimensions of attention go
+        in the coordinates in which they lose least, and not as whole heads: what is left of q kᵀ is its best
+        approximation of that rank, and so for v with proj. Losses of levels are measured divergences of logits that are
+        added up, where the paper searches over weights for layerwise errors. Targets of the repair are the whole
+        model's tokens, where the paper's are those of the model before the step. Nothing is distilled or trained.
     Raises: RecipeError for a ratio that would empty layers, or a group that the model can't cut; SourceError for a
         model that isn't a vision transformer.
     """

@@ -32,7 +32,8 @@ class LSQ(Training):
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
     Cost: about five inferences a step and image, in floating point; nothing at run time.
-    Paper: Esser et al., Learned Step Size Quantization, 2020, arXiv 1902.08153, sections 2.1 and 2.2.
+    Paper: Esser et al., Learned Step Size Quantization, 2020, arXiv 1902.08153: gradients and their scale, held against
+        others' code of it.
     Differs: grids have zero points and a step for each channel or group where the quantization before has them, and
         begin as it chose them. A step is learned relative to what it was, because AdamW, unlike the paper's SGD, takes
         steps of the same length whatever the gradient's scale; that scale, which then only weighs in where gradients

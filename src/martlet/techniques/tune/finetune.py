@@ -24,8 +24,8 @@ class Finetune(Training):
     Shape: none changes.
     Needs: images with labels (`--train`).
     Cost: about three inferences a step and image, in floating point; nothing at run time.
-    Paper: Loshchilov and Hutter, 2019, arXiv 1711.05101 (AdamW), algorithm 2; 2017, arXiv 1608.03983 (cosine),
-        equation 5; Szegedy et al., 2016, arXiv 1512.00567, section 7 (smoothing).
+    Paper: Loshchilov and Hutter, 2019, arXiv 1711.05101 (AdamW); 2017, arXiv 1608.03983 (cosine); Szegedy et al., 2016,
+        arXiv 1512.00567 (smoothing).
     Differs: images are changed after they were brought to the model's size, where timm's policies start from the file.
     Raises: RecipeError for a setting out of range, or images without labels; and as the loop does.
     """
