@@ -307,19 +307,22 @@ def resources(assets: Path, settings: Settings) -> dict[str, Any]:
 
 
 def open_document(
-    path: Path, settings: DataclassInstance, benchmark: str = "peers", results: str = "models"
+    path: Path, settings: DataclassInstance, benchmark: str = "peers", results: str = "models", *, timed: bool = True
 ) -> dict[str, Any]:
     """The results so far, or a document whose list of `results` is empty.
 
+    timed: the results are times, which can't be compared across machines, so one environment is the document's. Others
+    may come from several: each has its own `environment`.
+
     Raises:
         ArtifactError: the file holds something else.
-        UsageError: it was measured with other settings, on another machine or with other versions.
+        UsageError: it was measured with other settings or, if timed, on another machine or with other versions.
     """
     fresh = {
         "martlet_results": VERSION,
         "benchmark": benchmark,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": report.environment(PACKAGES),
+        **({"environment": report.environment(PACKAGES)} if timed else {}),
         "settings": asdict(settings),
         results: [],
     }
@@ -332,8 +335,8 @@ def open_document(
     if not isinstance(document, dict) or any(document.get(k) != fresh[k] for k in ("martlet_results", "benchmark")):
         raise ArtifactError(f"{path} holds no results of this benchmark; give another --out")
     for part in ("settings", "environment"):
-        for key, value in fresh[part].items():
-            if document[part].get(key) != value:
+        for key, value in fresh.get(part, {}).items():
+            if document.get(part, {}).get(key) != value:
                 raise UsageError(
                     f"{path} was measured with {key} {document[part].get(key)}, and this is {value}; give another --out"
                 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import numpy as np
 import cifar
 import peers
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline
+from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
@@ -104,11 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = Settings()
     try:
-        document = peers.open_document(options.out, settings, "ptq", "entries")
+        document = peers.open_document(options.out, settings, "ptq", "entries", timed=False)
         for name in options.models:
             for entry in run(name, options, settings, document["entries"]):
-                key = entry["model"], entry["recipe"]
-                document["entries"] = [e for e in document["entries"] if (e["model"], e["recipe"]) != key] + [entry]
+                document["entries"] = [e for e in document["entries"] if _key(e) != _key(entry)] + [entry]
                 peers.write(options.out, document)
                 note(_line(entry))
     except MartletError as error:
@@ -126,12 +125,13 @@ def run(
     from martlet.engine.base import cores
 
     wanted = [f"{r}-{b}" for b in options.bits for r in options.recipes] + list(options.others)
-    there = {e["recipe"] for e in known if e["model"] == name}
+    model = SUBJECTS[name].load(options)
+    there = {e["recipe"] for e in known if is_of(e, name, model)}
     todo = [recipe for recipe in wanted if recipe not in there]
     if not todo:
         return
     torch.set_num_threads(cores())
-    ready = prepare(name, options, settings)
+    ready = prepare(name, model, options, settings)
     calibration = ready.calibration(settings.seed)
     for recipe in todo:
         with working(f"{name} {recipe}") as progress:
@@ -164,6 +164,7 @@ class Ready:
             "model": self.name,
             "weights": self.model.origin["weights"],
             "recipe": recipe,
+            "environment": report.environment(peers.PACKAGES),
             "images": {"calibration": subject.calibration, "test": subject.test},
             "calibration_n": self.calibration(0).num_images,
             "n": len(self.labels),
@@ -171,10 +172,18 @@ class Ready:
         }
 
 
-def prepare(name: str, options: argparse.Namespace, settings: Settings) -> Ready:
-    """Loads a model and its images."""
+def is_of(entry: Mapping[str, Any], name: str, model: Model) -> bool:
+    """Whether an entry is of this model with these weights."""
+    return entry["model"] == name and entry["weights"] == model.origin["weights"]
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return entry["model"], entry["weights"], entry["recipe"]
+
+
+def prepare(name: str, model: Model, options: argparse.Namespace, settings: Settings) -> Ready:
+    """Loads a model's images, and computes what it says of them."""
     subject = SUBJECTS[name]
-    model = subject.load(options)
     pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))
     x, labels = cifar.read(test.sample(settings.test_images, settings.seed), model)
     exact = _logits(model.module, x, settings.batch)

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = ptq.Settings(test_images=options.test_images)
     try:
-        document = peers.open_document(options.out, settings, "studies", "entries")
+        document = peers.open_document(options.out, settings, "studies", "entries", timed=False)
         for name in options.models:
             for entry in run(name, options, settings, document["entries"]):
                 document["entries"].append(entry)
@@ -105,13 +105,14 @@ def run(
     from martlet.engine.base import cores
 
     tries, bits = STUDIES[options.study]
-    there = {(e["study"], e["recipe"], e["draw"]) for e in known if e["model"] == name}
+    model = ptq.SUBJECTS[name].load(options)
+    there = {(e["study"], e["recipe"], e["draw"]) for e in known if ptq.is_of(e, name, model)}
     wanted = [each for its in options.bits or bits for each in tries(its)]
     todo = [each for each in wanted if (options.study, each.label, each.seed) not in there]
     if not todo:
         return
     torch.set_num_threads(cores())
-    ready = ptq.prepare(name, options, settings)
+    ready = ptq.prepare(name, model, options, settings)
     for each in todo:
         with working(f"{name} {each.label}, draw {each.seed}") as progress, _by_chance(each.chance):
             calibration = ready.calibration(each.seed)

@@ -129,10 +129,10 @@ def test_links_lead_somewhere(page):
 
 
 def few_bits_document() -> dict:
-    entry = {"model": "a_model", "weights": "file a", "top1_float_pct": 80.0, "n": 500}
+    environment = {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}}
+    entry = {"model": "a_model", "weights": "file a", "top1_float_pct": 80.0, "n": 500, "environment": environment}
     return {
         "benchmark": "ptq",
-        "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.9"}},
         "settings": {"test_images": 500, "calibration_images": 128, "seed": 0},
         "entries": [
             entry | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "seconds": 3.0, "peak_rss_bytes": 2_150_000_000},
@@ -157,14 +157,33 @@ def test_the_page_of_few_bits_has_every_number(docs, root):
         "| `uniform` | 79.5† | 1.2 | 3 | 2.1 |",
         "| `adalog` | – | failed | – | – |",
     ]
+    assert "Measured on a CPU with 2 core(s), torch 9.9 (4)." in text
+    assert "weren't kept" not in text
     assert "simulated" in text
     assert "† Measured when" in text
     assert docs.main(["--check"], root) == 0
 
 
+def test_other_weights_and_other_machines_are_kept_apart(docs, root):
+    found = few_bits_document()
+    other = found["entries"][0] | {"weights": "file 0", "weights_kept": False, "top1_pct": 9.0}
+    found["entries"].append(other | {"environment": other["environment"] | {"cpu": "another CPU"}})
+    (root / "results").mkdir()
+    (root / "results" / "ptq.json").write_text(json.dumps(found))
+    assert docs.main([], root) == 0
+    text = (root / "docs" / "few-bits.md").read_text()
+    lost, kept = (part.splitlines() for part in text.split("## a_model")[1:])
+    assert [line for line in lost if line.startswith("| `")] == ["| `uniform` | 9.0 | 3 | 2.1 |"]
+    assert [line.startswith("file") and "weren't kept" in line for line in (lost[2], kept[2])] == [True, False]
+    assert "| `uniform` | 79.5† | 1.2 | 3 | 2.1 |" in kept
+    assert "torch 9.9 (4); on another CPU with 2 core(s), torch 9.9 (1)." in text
+
+
 def test_the_page_of_studies_has_means_and_ranges_of_draws(docs, root):
+    document = few_bits_document()
     entry = {"model": "a_model", "study": "rounding", "top1_float_pct": 80.0, "seconds": 3.0, "draw": 0}
-    found = few_bits_document() | {
+    entry |= {"environment": document["entries"][0]["environment"]}
+    found = document | {
         "benchmark": "studies",
         "entries": [
             entry | {"recipe": "nearest", "top1_pct": 70.0, "sqnr_db": 10.0},

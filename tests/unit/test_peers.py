@@ -131,6 +131,10 @@ def test_results_of_other_settings_or_another_machine_are_not_mixed(peers: Modul
     peers.write(path, document)
     with pytest.raises(UsageError, match="cpu another"):
         peers.open_document(path, settings)
+    assert peers.open_document(path, settings, timed=False)["environment"]["cpu"] == "another"
+    with pytest.raises(UsageError, match=r"minutes 1\.0, and this is 2\.0; give another --out"):
+        peers.open_document(path, peers.Settings(threads=2, minutes=2.0), timed=False)
+    assert "environment" not in peers.open_document(tmp_path / "accuracy.json", settings, timed=False)
     path.write_text("{}")
     with pytest.raises(ArtifactError, match="no results of this benchmark"):
         peers.open_document(path, settings)

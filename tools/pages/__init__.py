@@ -1,1 +1,17 @@
 """Pages of docs/ made of results, a file each: `page` gives what `PATH` holds, from the newest of `BENCHMARK`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def measured_on(entries: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence: which machines and versions the entries that carry their own come from, and how many from each."""
+    found = Counter(
+        f"{its['cpu']} with {its['cores']} core(s), "
+        + ", ".join(f"{package} {version}" for package, version in its["versions"].items())
+        for its in (entry["environment"] for entry in entries)
+    )
+    return "Measured on " + "; on ".join(f"{where} ({count})" for where, count in found.most_common()) + "."

@@ -7,14 +7,15 @@ from itertools import groupby
 from typing import Any
 
 from martlet.report.cards import table
+from pages import measured_on
 
 BENCHMARK, PATH = "ptq", "docs/few-bits.md"
+LOST = " These weights weren't kept, so nobody can measure these numbers again."
 
 
 def page(document: Mapping[str, Any]) -> str:
     """Top-1 of every recipe on every model at every width, and what each recipe's bits are."""
     settings, entries = document["settings"], document["entries"]
-    environment = document["environment"]
     lines = [
         "# Few bits, compared",
         "",
@@ -24,8 +25,8 @@ def page(document: Mapping[str, Any]) -> str:
         f"Top-1 in percent of {settings['test_images']} test images; {settings['calibration_images']} other images "
         f"calibrated, of which grids see 32. A difference of two or three points on so few images can be chance. "
         f"Seed {settings['seed']}. Seconds, of quantizing at the narrowest width in the row, are a rough guide: other "
-        f"work ran beside it on {environment['cores']} core(s) of {environment['cpu']}. Peak is the memory that the "
-        "whole process took for it at most, with PyTorch and all images.",
+        "work ran beside it, and rows may come from different machines. Peak is the memory that the whole process took "
+        "for it at most, with PyTorch and all images.",
         "",
         "Rounded are weights and inputs of every Linear and convolution, q, k, v and softmax; first and last layer "
         "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "
@@ -33,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
     ]
     if any(entry.get("grid_images") == "first" for entry in entries):
         lines += ["", "† Measured when grids saw the first 32 calibration images, which may be of few classes."]
-    for name, its in groupby(sorted(entries, key=lambda e: e["model"]), key=lambda e: e["model"]):
+    for (name, weights), its in groupby(sorted(entries, key=_subject), key=_subject):
         group = list(its)
         split = {e["recipe"]: e["recipe"].rpartition("-") for e in group}
         split |= {"int8-f32": ("int8", "-", "w8a8")} if "int8-f32" in split else {}
@@ -46,7 +47,8 @@ def page(document: Mapping[str, Any]) -> str:
             "",
             f"## {name}",
             "",
-            f"{first['weights']}; {first['top1_float_pct']:.1f} % in float32 (n = {first['n']}).",
+            f"{weights}; {first['top1_float_pct']:.1f} % in float32 (n = {first['n']})."
+            + ("" if first.get("weights_kept", True) else LOST),
             "",
         ]
         rows = []
@@ -65,8 +67,11 @@ def page(document: Mapping[str, Any]) -> str:
                 )
             )
         lines += table(("Recipe", *(width.upper() for width in widths), "Seconds", "Peak GB"), rows)
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return "\n".join([*lines, "", f"Measured with {versions}.", ""])
+    return "\n".join([*lines, "", measured_on(entries), ""])
+
+
+def _subject(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return entry["model"], entry["weights"]
 
 
 def _top1(entry: Mapping[str, Any] | None) -> float:

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from martlet.report.cards import table
+from pages import measured_on
 
 BENCHMARK, PATH = "studies", "docs/few-bits-studies.md"
 QUESTIONS = {
@@ -19,7 +20,7 @@ QUESTIONS = {
 
 def page(document: Mapping[str, Any]) -> str:
     """A table for each question and model: what was tried, and its mean and range over draws of calibration images."""
-    settings, environment = document["settings"], document["environment"]
+    settings = document["settings"]
     lines = [
         "# Few bits: three questions",
         "",
@@ -40,8 +41,7 @@ def page(document: Mapping[str, Any]) -> str:
             }
             rows = [(f"`{name}`", *_draws(found)) for name, found in tried.items()]
             lines += table(("Tried", "Draws", "Top-1 %", "Logits, dB", "Seconds"), rows)
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    return "\n".join([*lines, "", f"Measured on {environment['cpu']}; {versions}.", ""])
+    return "\n".join([*lines, "", measured_on(document["entries"]), ""])
 
 
 def _draws(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
