@@ -13,7 +13,6 @@ from martlet.cli.compress import GATE_FAILED
 from martlet.cli.options import ImageOptions, Json, ModelOptions, Seed, Spec, Threads
 from martlet.cli.stop import Stopped
 from martlet.cli.terminal import emit, note, show, working
-from martlet.core import store
 from martlet.core.errors import UsageError
 
 
@@ -84,6 +83,8 @@ def search(
                 rebuild=_rebuild(model, model_options, image_options, engine, num_calib, threads, seed),
             )
     except Stopped:
+        from martlet.core import store
+
         if store.find(out):
             note(f"the best so far is in {out}; the same command goes on from there")
         raise

@@ -52,5 +52,5 @@ def test_counts_times_export_and_techniques_are_those_of_the_results():
     )
     assert found["timm:repvit_m1_0"].endswith("| 80.0 | – | – | openvino can't: no such operator; onnxruntime 2e-02 |")
     assert "| 5.71 M (6M) | 1.07 G (1G) |" in found["timm:convit_tiny"]  # as its paper counts
-    assert "Techniques: fuse all; prune none; quantize `int8`; tokens none." in text
+    assert "Techniques: fuse all; low_rank none; prune none; quantize `int8`; tokens none." in text
     assert "a CPU, 2 cores, 2026-01-02; openvino 1.2, torch 9.9, timm 1.0." in text

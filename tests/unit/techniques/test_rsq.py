@@ -17,7 +17,7 @@ from martlet.core.technique import Context
 from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.functional.formats import IntegerGrid
-from martlet.functional.gptq import gptq
+from martlet.functional.gptq import effective_rows, gptq
 from martlet.graph.attention import attentions
 from martlet.graph.observe import OneBatch
 from martlet.graph.sequential import linears
@@ -113,7 +113,8 @@ def test_hessians_are_those_of_scaled_tokens() -> None:
         scaled = (x * scale[..., None]).flatten(0, 1)
         hessian = sum(torch.outer(row, row) for row in scaled)
         assert isinstance(hessian, Tensor)
-        codes[name] = gptq(weight, hessian, IntegerGrid(3), 24).codes.int() - 4
+        damping = 0.3 * x.shape[-1] / effective_rows(scaled, scale.flatten().square())
+        codes[name] = gptq(weight, hessian, IntegerGrid(3), 24, max(damping, 0.01)).codes.int() - 4
     found = quantizers(run(model("class token"), RSQ(bits=3)))["blocks.0.attn.qkv"].integers()[0]
     assert (found == codes["attention"]).float().mean() > 0.999  # sums of another order may differ in a last bit
     assert (found == codes["equal"]).float().mean() < 0.99
