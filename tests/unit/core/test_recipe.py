@@ -187,7 +187,9 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_a_name_is_suggested_once():
     with pytest.raises(RecipeError) as error:
         Recipe.load("int9")  # `int8` is a recipe and a technique
-    assert "did you mean int8, int8-f32" in str(error.value)
+    suggested = str(error.value).partition("did you mean ")[2].partition("?")[0].split(", ")
+    assert suggested[0] == "int8"
+    assert suggested.count("int8") == 1
 
 
 @pytest.mark.parametrize(("name", "near"), [("int88", "int8"), ("bf15", "bf16"), ("fuse | fus", "fuse")])
