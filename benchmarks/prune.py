@@ -282,15 +282,16 @@ def timed(bench: Bench, seconds: float, progress: Progress) -> list[dict[str, An
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 engine.lower(done, folder)
                 session = engine.open(folder, precision=done.precision, threads=cores())
-                runs[f"{name} | {recipe}"] = lambda session=session: session(probe)
-                macs_removed[f"{name} | {recipe}"] = _removed(bench, model)
+                runs[f"{name}, {recipe}"] = lambda session=session: session(probe)
+                macs_removed[f"{name}, {recipe}"] = _removed(bench, model)
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=seconds, progress=progress)
+    wholes = {recipe: times[f"whole, {recipe}"] for recipe in ("bf16", "int8")}
     return [
         {
             "name": name,
             "macs_removed_ratio": macs_removed[name],
             "latency_ms": latency.summary(ms),
-            "speedup": latency.ratio(times[f"whole | {name.rpartition(' | ')[2]}"], ms, bench.settings.seed),
+            "speedup": latency.ratio(wholes[name.rpartition(", ")[2]], ms, bench.settings.seed),
         }
         for name, ms in times.items()
     ]

@@ -85,6 +85,37 @@ def test_the_table_shows_the_newest_results_and_nothing_that_failed(docs, root):
     assert docs.main(["--check"], root) == 0
 
 
+def test_the_page_of_pruning_ranks_by_accuracy_and_names_what_failed(docs):
+    entry = {"prune_ratio": 0.4, "macs_removed_ratio": 0.401, "parameters": 3_460_000, "cpu_seconds": 7.0}
+    entries = [
+        entry | {"name": "worse", "top1_pct": 1.8},
+        {"name": "broken", "prune_ratio": 0.4, "failed": "RuntimeError: sizes"},
+        entry | {"name": "better", "top1_pct": 50.0},
+        entry | {"name": "less", "prune_ratio": 0.2, "top1_pct": 70.0},
+    ]
+    speed = {"median": 1.3, "low": 1.2, "high": 1.4}
+    its = {"median": 5.0, "p05": 4.0, "p95": 6.0, "n": 9}
+    [pruning] = [module for module in docs.results_pages() if module.BENCHMARK == "prune"]
+    page = pruning.page(
+        {
+            "settings": {"model": "a_model", "weights": "w", "calibration_images": 3},
+            "environment": {"cpu": "a cpu", "versions": {"torch": "2"}},
+            "torch_pruning": "1.6",
+            "base_top1_pct": 81.2,
+            "n": 500,
+            "entries": entries,
+            "latency": [{"name": "better, int8", "macs_removed_ratio": 0.4, "latency_ms": its, "speedup": speed}],
+        }
+    )
+    order = [
+        page.index(text) for text in ("20% fewer", "| less", "40% fewer", "| better | 40.1%", "| worse", "| broken")
+    ]
+    assert order == sorted(order)
+    assert "| 3.46 M | 50.0 | 7 |" in page
+    assert "RuntimeError: sizes | – | – | – |" in page
+    assert "| `better, int8` | 40.0% | 5.00 | 1.30× |" in page
+
+
 def test_without_results_there_is_no_table(docs, root):
     text = (root / "README.md").read_text()
     assert f"{docs.BEGIN}\n{docs.END}" in text

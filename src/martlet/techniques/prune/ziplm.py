@@ -48,7 +48,8 @@ class ZipLM(Pruning):
         in the coordinates in which they lose least, and not as whole heads: what is left of q kᵀ is its best
         approximation of that rank, and so for v with proj. Losses of levels are measured divergences of logits that are
         added up, where the paper searches over weights for layerwise errors. Targets of the repair are the whole
-        model's tokens, where the paper's are those of the model before the step. Nothing is distilled or trained.
+        model's tokens, where the paper's are those of the model before the step, and errors of tokens count as the
+        loss's gradient says. Nothing is distilled or trained.
     Raises: RecipeError for a ratio that would empty layers, or a group that the model can't cut; SourceError for a
         model that isn't a vision transformer.
     """
