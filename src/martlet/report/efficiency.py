@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from martlet.report import charts, html, units
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from martlet.measure.efficiency import Efficiency, LayerEfficiency
 
 
@@ -54,7 +51,7 @@ def waterline(found: Efficiency) -> tuple[charts.Axis, float, list[Block]]:
 
 def render(name: str, found: Efficiency) -> str:
     """The page, which asks for nothing outside itself."""
-    return _template().render(
+    return html.template("efficiency.html.j2").render(
         name=name,
         d=found,
         css=(html.HERE / "page.css").read_text(encoding="utf-8"),
@@ -79,17 +76,3 @@ def _side_by_side(layers: Sequence[LayerEfficiency], shares: Sequence[float], he
         blocks.append(Block(layer, round(100 * left, 3), round(100 * share, 3), height))
         left += share
     return blocks
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(html.HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("efficiency.html.j2")

@@ -30,7 +30,7 @@ def render(document: Document) -> str:
     or running anything that did not come with it.
     """
     script = (HERE / "sort.js").read_text(encoding="utf-8")
-    page = _template().render(
+    page = template("page.html.j2").render(
         d=document,
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
@@ -69,7 +69,8 @@ def write_page(page: str, path: Path) -> None:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this folder: everything is escaped, an unknown name is an error, and None is shown as missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -81,7 +82,7 @@ def _template() -> Template:
         finalize=lambda value: units.MISSING if value is None else value,
     )
     environment.filters |= {"facts": facts, "arxiv": arxiv, "label": label}
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def facts(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -7,17 +7,13 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from martlet.functional import pareto
 from martlet.report import html, units
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 Document = Mapping[str, Any]
 """`search.json`."""
@@ -177,7 +173,7 @@ def render(document: Document) -> str:
     """
     scripts = [(html.HERE / name).read_text(encoding="utf-8") for name in ("sort.js", "pareto.js")]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    page = _template().render(
+    page = html.template("pareto.html.j2").render(
         d=document,
         css="".join((html.HERE / name).read_text(encoding="utf-8") for name in ("page.css", "pareto.css")),
         scripts=scripts,
@@ -198,19 +194,3 @@ def write_page(document: Document, path: Path) -> None:
         ArtifactError: the folder is missing, full or not ours.
     """
     html.write_page(render(document), path)
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(html.HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: units.MISSING if value is None else value,
-    )
-    environment.filters |= {"facts": html.facts}
-    return environment.get_template("pareto.html.j2")

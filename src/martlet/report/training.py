@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from martlet.report import charts, html, units
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ def write(document: Mapping[str, Any], path: Path) -> None:
         {"name": its["name"], "facts": _facts(its["training"]), "curves": curves(its["training"])}
         for its in document["passes"]
     ]
-    page = _template().render(
+    page = html.template("training.html.j2").render(
         d=document, passes=passes, css=(html.HERE / "page.css").read_text(encoding="utf-8"), units=units
     )
     html.write_page(page.encode("utf-8", "replace").decode("utf-8"), path)
@@ -62,18 +58,3 @@ def _curve(name: str, unit: str, points: Sequence[tuple[int, float]], steps: int
 
 def _facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     return html.facts({name: value for name, value in training.items() if name not in ("curve", "held_back")})
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(html.HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"facts": html.facts}
-    return environment.get_template("training.html.j2")
