@@ -170,6 +170,7 @@ class Journey:
             first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
             if (front := self._front(stands_for_all or first)) is not None:
                 self.recipes.fronts[name] = front
+            self.note()
 
     def search(self) -> None:
         """Batches are drawn, screened and told; after each, the most promising are measured on the engine."""
