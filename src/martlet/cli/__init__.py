@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from martlet.cli import bench, compress, demo, inspect, report, search, train
+from martlet.cli import bench, compress, demo, explain, inspect, report, search, train
 from martlet.cli import eval as evaluation
 from martlet.cli import list as listing
 from martlet.cli.options import expanded
@@ -60,6 +60,7 @@ for _name, _verb in {
     "inspect": inspect.inspect,
     "eval": evaluation.evaluate,
     "search": search.search,
+    "explain": explain.explain,
     "bench": bench.bench,
     "report": report.report,
     "list": listing.list_,

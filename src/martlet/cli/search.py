@@ -44,6 +44,12 @@ def search(
         list[str] | None,
         Option(metavar="NAME=DIR", help="An artifact to measure beside the finalists.", show_default=False),
     ] = None,
+    workers: Annotated[
+        int, Option(min=0, metavar="N", help="Processes that screen recipes, by Ray; 0 is this one.")
+    ] = 0,
+    ray_address: Annotated[
+        str | None, Option(metavar="HOST:PORT", help="A cluster that is running.", show_default=False)
+    ] = None,
     threads: Threads = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Begin anew, where there is a search at --out.")] = False,
@@ -75,6 +81,8 @@ def search(
                 num_images=num_images,
                 num_calib=num_calib,
                 peers=peers,
+                workers=workers,
+                ray_address=ray_address,
                 overwrite=overwrite,
                 threads=threads,
                 seed=seed,

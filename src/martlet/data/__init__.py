@@ -56,7 +56,12 @@ def open_images(
         images = spec
     else:
         images = Images(_source(spec, None if class_map is None else class_maps.read(class_map), split))
-    return images if limit is None else images.sample(limit, seed)
+    if limit is not None:
+        images = images.sample(limit, seed)
+    if isinstance(spec, str | Path) and isinstance(class_map, str | Path | None):
+        paths = {"spec": str(spec), "class_map": class_map and str(class_map), "split": split}
+        images.opened = {**paths, "limit": limit, "seed": seed}
+    return images
 
 
 def _source(spec: str | Path | Iterable[Any], class_map: dict[str, int] | None, split: str | None) -> Source:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -89,7 +89,10 @@ class Images:
 
     rows: ascending; None for all.
     skipped: names of images found unreadable so far.
+    opened: what `open_images` was given, as JSON, to open them again; None if that can't be written down.
     """
+
+    opened: dict[str, Any] | None = None
 
     def __init__(self, source: Source, rows: Sequence[int] | None = None) -> None:
         self._source = source

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from martlet.core.recipe import Recipe
+from martlet.functional import pareto
 
 if TYPE_CHECKING:
     from martlet.recipe_search.journey import Journey
@@ -92,7 +96,7 @@ def document(journey: Journey, job: Mapping[str, Any], created: str, rebuild: st
         },
         "points": points,
         "lost": journey.lost(),
-        "hypervolume": volumes(points, journey.peers),
+        "hypervolume": volumes(points),
         "seconds": round(journey.seconds, 1),
     }
 
@@ -113,16 +117,11 @@ def axis_values(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]
 
 def on_front(values: Sequence[Mapping[str, Any] | None]) -> list[bool]:
     """Of each, whether no other is as good in drop and latency and better in one; None is of no front."""
-
-    def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        pairs = [(a[axis], b[axis]) for axis in ("drop_pct", "latency_ms")]
-        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
-
-    there = [v for v in values if v is not None]
-    return [v is not None and not any(beats(other, v) for other in there) for v in values]
+    rows = [[math.nan] * 2 if v is None else [v["drop_pct"], v["latency_ms"]] for v in values]
+    return pareto.front(np.array(rows)).tolist()
 
 
-def volumes(points: Iterable[Mapping[str, Any]], peers: Mapping[str, Any]) -> dict[str, Any] | None:
+def volumes(points: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How much of the box each set dominates, as a share: on held-out images, drop by latency.
 
     The box reaches from no time and the least drop there is to the slowest point and the greatest drop, of all sets.
@@ -138,23 +137,14 @@ def volumes(points: Iterable[Mapping[str, Any]], peers: Mapping[str, Any]) -> di
     width = max(high - low, 1e-9)
 
     def share(kinds: set[str]) -> float:
-        return hypervolume([((d - low) / width, ms / slowest) for kind, d, ms in rows if kind in kinds])
+        inside = [((d - low) / width, ms / slowest) for kind, d, ms in rows if kind in kinds]
+        return pareto.hypervolume(np.array(inside), (1.0, 1.0))
 
     return {
         "axes": ["drop_pct", "latency_ms"],
         "found": share({"candidate"}),
-        "others": share({"reference", "peer"} if peers else {"reference"}),
+        "others": share({"reference", "peer"}),
     }
-
-
-def hypervolume(points: Iterable[tuple[float, float]]) -> float:
-    """The area of the unit square that is as large as some point in both coordinates."""
-    area, below = 0.0, 1.0
-    for x, y in sorted(points):
-        if y < below and x < 1:
-            area += (1 - x) * (below - y)
-            below = y
-    return area
 
 
 def label(recipe: Recipe) -> str:

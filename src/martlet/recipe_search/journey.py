@@ -43,6 +43,9 @@ PROOF_SECONDS = 60.0
 """Taken for the report of the winner, before it is known."""
 
 
+Evaluate = Callable[[Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+
+
 class OutOfTime(Exception):
     """Raised by a progress, to leave work that takes too long."""
 
@@ -66,7 +69,7 @@ class Journey:
     minutes: float | None
     candidates: int | None
     peers: Mapping[str, Path]
-    evaluate: Callable[[Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+    evaluate: Evaluate
     progress: Progress
     command: str | None
     noted: Callable[[Journey], object]
@@ -125,13 +128,17 @@ class Journey:
         return found
 
     def lost(self) -> list[dict[str, Any]]:
-        """Draws of which nothing came, and why."""
-        entries = ((number, self._screened(recipe)) for number, recipe in self.study.drawn())
-        return [
-            {"id": number, "why": entry["why"], "seconds": entry["seconds"]}
-            for number, entry in entries
-            if entry is not None and "why" in entry
-        ]
+        """Draws of which nothing came, and why; and what processes that were lost had spent on others."""
+        found = []
+        for number, recipe in self.study.drawn():
+            entry = self._screened(recipe) or {}
+            found += [
+                {"id": number, "why": f"{why}; it was begun again", "seconds": seconds}
+                for seconds, why in entry.get("lost", [])
+            ]
+            if "why" in entry:
+                found.append({"id": number, "why": entry["why"], "seconds": entry["seconds"]})
+        return found
 
     def clock(self) -> Clock:
         return Clock((entry, entry["latency_ms"]) for entry in self.measured.values())
@@ -163,6 +170,7 @@ class Journey:
             first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
             if (front := self._front(stands_for_all or first)) is not None:
                 self.recipes.fronts[name] = front
+            self.note()
 
     def search(self) -> None:
         """Batches are drawn, screened and told; after each, the most promising are measured on the engine."""

@@ -49,13 +49,7 @@ class Measure:
 
     @property
     def context(self) -> Context:
-        return Context(
-            images=self.calibration,
-            seed=self.seed,
-            int8=self.engine.int8,
-            precisions=self.engine.alternatives(),
-            progress=self.progress,
-        )
+        return space.context(self.engine, self.calibration, self.seed, self.progress)
 
     def files(self, recipe: Recipe) -> Path:
         """The artifact of what makes a recipe's files, compressed now unless it was before.

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from martlet.core import pipeline
-from martlet.core.errors import NumericsError, UsageError
+from martlet.core.errors import MartletError, NumericsError, UsageError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Progress, silent
+from martlet.core.technique import Progress, silent
 from martlet.recipe_search import confidence
+from martlet.recipe_search.space import context, expected_drops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,15 +56,6 @@ class Screen:
         with torch.inference_mode():
             self.reference = np.concatenate([self.source.module(images).numpy() for images in self.judged])
 
-    def context(self, progress: Progress = silent) -> Context:
-        return Context(
-            images=self.calibration,
-            seed=self.seed,
-            int8=self.engine.int8,
-            precisions=self.engine.alternatives(),
-            progress=progress,
-        )
-
     def __call__(self, yaml: str, progress: Progress = silent) -> dict[str, Any]:
         """What `losses` gives, the model's `integer_macs`, `float_macs` and `weight_bytes`, and the `seconds` it took.
 
@@ -73,7 +65,8 @@ class Screen:
         from martlet.measure import size
 
         start = time.perf_counter()
-        model = pipeline.run(self.source, Recipe.from_yaml(yaml), self.context(progress))
+        around = context(self.engine, self.calibration, self.seed, progress)
+        model = pipeline.run(self.source, Recipe.from_yaml(yaml), around)
         if self.engine.simulates(model):
             raise UsageError(f"{self.engine.name} only simulates this recipe")
         integer, floating = work(model)
@@ -100,7 +93,6 @@ def losses(reference: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
         NumericsError: NaN or infinity.
     """
     from martlet.measure.fidelity import fidelity
-    from martlet.recipe_search.space import expected_drops
 
     if not np.isfinite(logits).all():
         raise NumericsError("this recipe gives NaN or infinity")
@@ -131,3 +123,12 @@ def work(model: Model) -> tuple[int, int]:
     found = macs_by_node(graph, example_values(graph, size))
     integer = sum(its.macs for node, its in found.items() if rounded_operands(graph, node))
     return integer, sum(its.macs for its in found.values()) - integer
+
+
+def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
+    """What screening says of a recipe, or why it says nothing, and the seconds."""
+    start = time.perf_counter()
+    try:
+        return screen(yaml, progress)
+    except MartletError as error:
+        return {"why": str(error), "seconds": round(time.perf_counter() - start, 3)}

@@ -13,7 +13,7 @@ import numpy as np
 from martlet.core import pipeline
 from martlet.core.errors import NumericsError, UsageError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Batches, Context, Progress, Technique
+from martlet.core.technique import Batches, Context, Progress, Technique, silent
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,18 @@ class First:
             skip, left = max(0, skip - len(batch)), left - len(part)
 
 
+def context(engine: Engine, images: Batches | None = None, seed: int = 0, progress: Progress = silent) -> Context:
+    """What techniques may use that are compressed for an engine."""
+    return Context(
+        images=images,
+        seed=seed,
+        engine=engine.name,
+        int8=engine.int8,
+        precisions=engine.alternatives(),
+        progress=progress,
+    )
+
+
 def front(candidates: Iterable[C], latency_ms: Callable[[C], float], loss: Callable[[C], float]) -> list[C]:
     """Those that no other beats in both, the fastest first."""
     kept: list[C] = []
@@ -148,14 +160,7 @@ class Space(ABC, Generic[C]):
         return Recipe((*self.recipe.passes[: self.position], *techniques, *self.recipe.passes[self.position + 1 :]))
 
     def context(self, images: Batches) -> Context:
-        return Context(
-            images=images,
-            seed=self.seed,
-            engine=self.engine.name,
-            int8=self.engine.int8,
-            precisions=self.engine.alternatives(),
-            progress=self.progress,
-        )
+        return context(self.engine, images, self.seed, self.progress)
 
     def compressed(self, chosen: C, images: Batches) -> Model:
         return pipeline.run(self.source, self.candidate(chosen), self.context(images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from martlet import engine as engines
 from martlet.core import report, store
-from martlet.core.errors import DataError, MartletError, UsageError
+from martlet.core.errors import DataError, UsageError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Progress, silent
+from martlet.core.technique import Progress, silent
 from martlet.recipe_search import confidence, strategies
+from martlet.recipe_search import workers as ray_workers
 from martlet.recipe_search.document import document
 from martlet.recipe_search.folder import DOCUMENT, PAGE, Folder, code_digest
-from martlet.recipe_search.journey import Journey
+from martlet.recipe_search.journey import Evaluate, Journey
 from martlet.recipe_search.limits import Limits
 from martlet.recipe_search.measure import Measure
 from martlet.recipe_search.recipes import Recipes
 from martlet.recipe_search.record import write
-from martlet.recipe_search.screen import Held, Screen
-from martlet.recipe_search.space import First
+from martlet.recipe_search.screen import Held, Screen, screened
+from martlet.recipe_search.space import First, context
 from martlet.recipe_search.study import Study
 from martlet.report.pareto import write_page
 
@@ -68,6 +70,8 @@ def search(
     num_images: int = 256,
     num_calib: int = 32,
     peers: Mapping[str, str | Path] | None = None,
+    workers: int = 0,
+    ray_address: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     seed: int = 0,
@@ -94,6 +98,8 @@ def search(
         strategy: how the next recipes are chosen: `tpe`, `nsga2`, `greedy`, `constrained` or `random`.
         num_images: how many images are searched on. num_calib: how many of those techniques learn from.
         peers: folders of artifacts made by others, by name, to be measured with the finalists.
+        workers: in how many processes recipes are screened, by Ray; 0 is this one. ray_address: of a cluster that is
+            running; None starts one on this machine.
         overwrite: begin anew, where there is a search at `out`.
         threads, seed, progress, command: as of `compress`.
         rebuild: the command that makes a point again, but for `--recipe` and `--out`.
@@ -108,6 +114,7 @@ def search(
     limits, out = Limits(max_drop=max_drop, latency_ms=latency_ms, size_mb=size_mb), Path(out)
     limits.check()
     sampler = strategies.get(strategy)
+    ray_workers.check(workers, ray_address)
     target = engines.get(engine)
     if not target.integer_kernels:
         raise UsageError(
@@ -130,6 +137,7 @@ def search(
         "engine": {"name": engine, "version": version, "threads": threads},
         "images": {
             "source": images.source,
+            "opened": images.opened,
             "searched": num_searched,
             "calibration": num_calib,
             "held_out": len(held_out),
@@ -140,8 +148,7 @@ def search(
         "strategy": strategy,
         "seed": seed,
     }
-    context = Context(int8=target.int8, precisions=target.alternatives())
-    recipes = Recipes.of(source.facts, context, only)
+    recipes = Recipes.of(source.facts, context(target), only)
     folder = Folder.open(out, job, overwrite)
     pool = Calibration(searched, source.preprocess, n=num_searched, seed=seed, progress=progress)
     few = First(pool, SCREEN_CALIB)
@@ -155,16 +162,12 @@ def search(
     def noted(journey: Journey) -> None:
         _write(journey, document(journey, job, created, again))
 
-    def evaluate(yamls: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for i, yaml in enumerate(yamls):
-            progress("screen recipes", i, len(yamls))
-            yield i, screened(screen, yaml, progress)
-
-    journey = Journey(
-        folder, limits, recipes, study, screen, measure, held_out, pool, minutes, candidates, others, evaluate,
-        progress, command, noted,
-    )  # fmt: skip
-    journey.run()
+    with evaluator(screen, workers, ray_address, progress) as evaluate:
+        journey = Journey(
+            folder, limits, recipes, study, screen, measure, held_out, pool, minutes, candidates, others, evaluate,
+            progress, command, noted,
+        )  # fmt: skip
+        journey.run()
     found = document(journey, job, created, again)
     _write(journey, found)
     artifact = store.load(folder.winner)
@@ -172,12 +175,20 @@ def search(
     return Search(winner=artifact, kept=kept, why=why, document=found)
 
 
-def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
-    """What screening says of a recipe, or why it says nothing."""
-    try:
-        return screen(yaml, progress)
-    except MartletError as error:
-        return {"why": str(error), "seconds": 0.0}
+@contextmanager
+def evaluator(screen: Screen, count: int, address: str | None, progress: Progress) -> Iterator[Evaluate]:
+    """What screens recipes: here, or in processes of Ray's."""
+
+    def here(yamls: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, yaml in enumerate(yamls):
+            progress("screen recipes", i, len(yamls))
+            yield i, screened(screen, yaml, progress)
+
+    if not count:
+        yield here
+        return
+    with ray_workers.workers(screen, count, address, progress) as there:
+        yield there
 
 
 def _searched(images: Images, limits: Limits, wanted: int, num_calib: int) -> int:

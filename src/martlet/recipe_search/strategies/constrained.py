@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from optuna.samplers import TPESampler
 
-from martlet.recipe_search.strategies import over
-from martlet.recipe_search.strategies.tpe import STARTUP
+from martlet.recipe_search.strategies import over, tpe
 
 
 def sampler(seed: int) -> TPESampler:
     """Gardner et al., Bayesian Optimization with Inequality Constraints, 2014, for Parzen estimators."""
-    return TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=seed, constraints_func=over)
+    return tpe.sampler(seed, constraints_func=over)

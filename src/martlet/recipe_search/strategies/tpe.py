@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 
 STARTUP = 12
 """Drawn at random first."""
 
 
-def sampler(seed: int) -> TPESampler:
-    """Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011; Ozaki et al., MOTPE, 2022."""
-    return TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=seed)
+def sampler(seed: int, **more: Any) -> TPESampler:
+    """Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011; Ozaki et al., MOTPE, 2022.
+
+    Choices that depend on each other are drawn together, in groups, as not every recipe has them all. more: of the
+    sampler's own arguments.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of `group`
+        return TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=seed, **more)
