@@ -7,6 +7,7 @@ candidate again. What was lost is told with it. Times on the engine are never ta
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -78,6 +79,7 @@ class Workers:
     def __call__(self, yamls: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields each recipe's place and what screening says, as they come."""
         import ray
+        from ray import exceptions
 
         waiting = [Task(i, yaml) for i, yaml in enumerate(yamls)]
         running: dict[Any, tuple[Any, Task]] = {}
@@ -92,7 +94,7 @@ class Workers:
                 worker, task = running.pop(reference)
                 try:
                     entry = ray.get(reference)
-                except ray.exceptions.RayActorError:
+                except exceptions.RayActorError:
                     found = self._again(worker, task, "its process was killed", waiting)
                 else:
                     self._longest = max(self._longest, time.monotonic() - task.begun)
@@ -125,14 +127,15 @@ class Workers:
             EngineError: the processes don't answer.
         """
         import ray
+        from ray import exceptions
 
-        remote = ray.remote(num_cpus=0)(Screener)
+        remote: Any = ray.remote(num_cpus=0)(Screener)
         workers = [remote.remote(self.screen) for _ in range(count)]
         try:
             self._processes = getattr(self, "_processes", {}) | dict(
                 zip(workers, ray.get([w.process.remote() for w in workers], timeout=START_SECONDS), strict=True)
             )
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        except (exceptions.RayError, exceptions.GetTimeoutError) as error:
             raise EngineError(
                 f"Ray's processes can't hold this model ({type(error).__name__}); search without --workers"
             ) from error
@@ -141,9 +144,10 @@ class Workers:
     def _end(self, worker: Any) -> None:
         """A frozen process doesn't hear; on this machine it is killed by its number."""
         import ray
+        from ray import exceptions
 
         machine, pid = self._processes.pop(worker)
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(exceptions.RayError):
             ray.kill(worker)
         if machine == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
@@ -193,7 +197,7 @@ def workers(screen: Screen, count: int, address: str | None, progress: Progress)
     local = {} if address else {"num_cpus": count, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     progress("start processes", 0, count)
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **local)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]})"
