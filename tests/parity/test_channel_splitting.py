@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from martlet.functional.splitting import Split, split_counts
+from martlet.functional.quantize.splitting import Split, split_counts
 
 EXTRA = (2, 4)
 CASES = range(60)

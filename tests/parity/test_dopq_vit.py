@@ -13,8 +13,8 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
 from martlet.data.preprocess import Preprocess
-from martlet.functional.percentile import percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.quantize.percentile import percentile_scales
+from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales
 from martlet.graph.trace import trace
 from martlet.nn.quantizers import TableQuantizer
 from martlet.techniques.quantize.dopq_vit import DopQViT

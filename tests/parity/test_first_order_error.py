@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.affine import affine_parameters, dequantize, quantize
-from martlet.functional.ranges import Histogram, candidates, first_order_error
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.ranges import Histogram, candidates, first_order_error
 
 LOGITS, SHAPE = 4, (3, 5)
 

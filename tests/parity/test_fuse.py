@@ -12,7 +12,7 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.data.preprocess import Preprocess
-from martlet.graph import fold
+from martlet.graph.rewrite import fold
 from martlet.graph.trace import trace
 from martlet.techniques.fuse.fuse import Fuse, reparameterize_
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from martlet.functional.affine import affine_parameters, dequantize, quantize
-from martlet.functional.ranges import BINS, Histogram, weight_scale_mse
-from martlet.functional.smoothing import smoothquant_factors
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.ranges import BINS, Histogram, weight_scale_mse
+from martlet.functional.quantize.smoothing import smoothquant_factors
 
 LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 TYPES = list(LIMITS)

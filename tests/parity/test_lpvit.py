@@ -10,7 +10,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
-from martlet.functional.blocks import block_sums, choose_blocks, power_weight, spread_blocks
+from martlet.functional.structure.blocks import block_sums, choose_blocks, power_weight, spread_blocks
 from martlet.source import load_model
 from martlet.techniques.prune.lpvit import LPViT
 from martlet.vit.budget import total_macs

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.channel_clipping import DEVIATIONS, clipped_scales, search_clipping
-from martlet.functional.reparameterize import reparameterize_scales
+from martlet.functional.quantize.channel_clipping import DEVIATIONS, clipped_scales, search_clipping
+from martlet.functional.quantize.reparameterize import reparameterize_scales
 from martlet.techniques.quantize.lrp_qvit import LRPQViT
 
 BITS, CHANNELS, OUTPUTS = 4, 24, 6

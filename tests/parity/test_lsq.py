@@ -12,7 +12,7 @@ from martlet.core.technique import Context
 from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.functional.distillation import divergence
-from martlet.functional.lsq import gradient_scale, round_with_step
+from martlet.functional.quantize.lsq import gradient_scale, round_with_step
 from martlet.nn.quantizers import PackedWeightQuantizer
 from martlet.nn.straight_through import LearnedWeight
 from martlet.source import load_model

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from martlet.core.errors import RecipeError
 from martlet.core.technique import Context
-from martlet.functional.scale_ratio import COVERED, RATIOS, RatioGrid, search_ratio
-from martlet.functional.search import linear_error, squared_error
+from martlet.functional.quantize.scale_ratio import COVERED, RATIOS, RatioGrid, search_ratio
+from martlet.functional.quantize.search import linear_error, squared_error
 from martlet.graph.trace import trace
 from martlet.techniques.quantize.mptq_vit import MPTQViT
 

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from martlet.core.technique import silent
-from martlet.functional.hessian_search import (
+from martlet.functional.quantize.hessian_search import (
     FACTORS,
     covering_step,
     search_linear,
@@ -17,9 +17,9 @@ from martlet.functional.hessian_search import (
     search_values,
     search_weight_steps,
 )
-from martlet.functional.logarithmic import GELU_SHIFT
-from martlet.functional.search import AffineGrid
-from martlet.functional.twin import TwinGeluGrid, TwinSoftmaxGrid
+from martlet.functional.quantize.logarithmic import GELU_SHIFT
+from martlet.functional.quantize.search import AffineGrid
+from martlet.functional.quantize.twin import TwinGeluGrid, TwinSoftmaxGrid
 from martlet.graph.observe import MICRO_BATCH
 from martlet.graph.sensitivity import IMAGES, ROWS, output_gradients, sample
 from martlet.graph.sites import sites

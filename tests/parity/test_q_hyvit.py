@@ -14,7 +14,7 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Stage, silent
 from martlet.data.preprocess import Preprocess
-from martlet.functional.hessian_search import FACTORS
+from martlet.functional.quantize.hessian_search import FACTORS
 from martlet.graph import sensitivity
 from martlet.graph.fit import Call, Fitted, fit
 from martlet.graph.hessian_guided import as_quantizer, symmetric_grids

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from martlet.functional.smoothing import ALPHAS, Smoothing, search_smoothing
+from martlet.functional.quantize.smoothing import ALPHAS, Smoothing, search_smoothing
 
 Rows = list[list[float]]
 

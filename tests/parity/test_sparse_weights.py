@@ -11,7 +11,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
-from martlet.functional.sparsity import DAMPING, sparsegpt, wanda
+from martlet.functional.structure.sparsity import DAMPING, sparsegpt, wanda
 from martlet.source import load_model
 from martlet.techniques.prune.sparsegpt import SparseGPT
 from martlet.techniques.prune.wanda import Wanda

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from martlet.core.errors import NumericsError
-from martlet.functional.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
 
 GRIDS = st.sampled_from([(torch.uint8, False), (torch.uint8, True), (torch.int8, False), (torch.int8, True)])
 MAGNITUDES = st.floats(2.0**-20, 2.0**20, width=32)

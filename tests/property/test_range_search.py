@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from martlet.core.errors import NumericsError
-from martlet.functional.affine import affine_parameters, dequantize, quantize
-from martlet.functional.ranges import BINS, Histogram, quantization_mse, weight_scale_mse
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.ranges import BINS, Histogram, quantization_mse, weight_scale_mse
 
 GRIDS = st.sampled_from([(torch.uint8, False), (torch.int8, False), (torch.int8, True)])
 SEEDS = st.integers(0, 10_000)

@@ -215,7 +215,7 @@ def _restore_normal_floats_(model: ov.Model) -> None:
     import openvino as ov
     from openvino import opset13
 
-    from martlet.functional.formats import table
+    from martlet.functional.quantize.formats import table
 
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Gather":

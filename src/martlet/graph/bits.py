@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch.fx import GraphModule, Node
 
-from martlet.graph.low_rank import in_branch
+from martlet.graph.rewrite.low_rank import in_branch
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites
 from martlet.nn.integer import IntegerLayerNorm, ShiftGELU, Shiftmax
 from martlet.nn.quantizers import ChannelScale

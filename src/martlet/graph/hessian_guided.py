@@ -15,9 +15,9 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
 from martlet.core.technique import Context
-from martlet.functional.hessian_search import covering_step, search_linear, search_product, search_values
-from martlet.functional.search import AffineGrid, best_grid, squared_error
-from martlet.functional.table import Quantizes
+from martlet.functional.quantize.hessian_search import covering_step, search_linear, search_product, search_values
+from martlet.functional.quantize.search import AffineGrid, best_grid, squared_error
+from martlet.functional.quantize.table import Quantizes
 from martlet.graph import sensitivity
 from martlet.graph.fit import Call, Fitted, Operand
 from martlet.graph.low_bit import LowBit, affine, quantized_weight, sample, tabulated

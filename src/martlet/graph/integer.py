@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from martlet.functional.integer import SIGMOID_SLOPE
+from martlet.functional.quantize.integer import SIGMOID_SLOPE
 from martlet.graph.probe import PROBE_BATCH, call, shapes
 from martlet.graph.rounding import tensor
 from martlet.graph.sites import CONVOLUTIONS, SHAPE_ONLY, SOFTMAX, aten

@@ -21,18 +21,18 @@ from martlet.core.facts import Fact
 from martlet.core.kept import digest
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.logarithmic import LogarithmicGrid
-from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
-from martlet.functional.search import AffineGrid, best_grid, squared_error
-from martlet.functional.table import Quantizes, Table, tabulate
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.logarithmic import LogarithmicGrid
+from martlet.functional.quantize.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
+from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.quantize.search import AffineGrid, best_grid, squared_error
+from martlet.functional.quantize.table import Quantizes, Table, tabulate
 from martlet.graph import rounding
 from martlet.graph.allocation import ALLOCATIONS, BUDGETS, allocate_bits
 from martlet.graph.fit import Call, Fit, Fitted, Operand, TensorKind, fit, remembered
 from martlet.graph.objectives import OBJECTIVES
 from martlet.graph.reconstruct import FREEDOMS, OPTIMIZERS, Learning, reconstruct_
-from martlet.graph.reparameterize import reparameterize_
+from martlet.graph.rewrite.reparameterize import reparameterize_
 from martlet.graph.sites import Site, sites
 from martlet.nn.quantizers import (
     ActivationQuantizer,

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from martlet.core.kept import Kept, digest
 from martlet.core.technique import Progress
-from martlet.functional.adaround import (
+from martlet.functional.quantize.adaround import (
     annealed_beta,
     drop_quantization,
     initial_rounding,
@@ -23,7 +23,7 @@ from martlet.functional.adaround import (
     rounding_regularizer,
     soft_weight,
 )
-from martlet.functional.packing import pack
+from martlet.functional.quantize.packing import pack
 from martlet.graph.objectives import Block, Loss
 from martlet.graph.segments import blocks, extract
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer

@@ -15,8 +15,8 @@ from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.formats import IntegerGrid, fitting_group_size
-from martlet.functional.gptq import RoundedWeight, effective_rows, gptq, input_hessian
+from martlet.functional.quantize.formats import IntegerGrid, fitting_group_size
+from martlet.functional.quantize.gptq import RoundedWeight, effective_rows, gptq, input_hessian
 from martlet.graph import rounding
 from martlet.graph.sites import Site, aten, sites
 from martlet.graph.trace import Walk

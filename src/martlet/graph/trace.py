@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from martlet.core.errors import SourceError
-from martlet.graph.fold import fold_batch_norms_
+from martlet.graph.rewrite.fold import fold_batch_norms_
 
 aten = torch.ops.aten
 MAX_BATCH = 4096

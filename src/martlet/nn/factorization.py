@@ -16,8 +16,8 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Progress, Stage, Technique
 from martlet.functional.allocation import Choice
-from martlet.functional.low_rank import Factors
-from martlet.functional.rank_allocation import breakeven, least_loss, levels, same_share
+from martlet.functional.structure.low_rank import Factors
+from martlet.functional.structure.rank_allocation import breakeven, least_loss, levels, same_share
 from martlet.nn.low_rank import empty_like, thin_linear
 
 ALLOCATIONS = ("milp", "same")

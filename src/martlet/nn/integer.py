@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from martlet.functional import affine
-from martlet.functional.integer import (
+from martlet.functional.quantize import affine
+from martlet.functional.quantize.integer import (
     MAX_SHIFT,
     dyadic,
     integer_layer_norm,

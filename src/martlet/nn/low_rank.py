@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from martlet.functional.low_rank import Thin
+from martlet.functional.structure.low_rank import Thin
 
 
 class LowRankLinear(nn.Module):

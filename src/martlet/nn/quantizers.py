@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from martlet.functional import affine
-from martlet.functional.formats import FLOAT8, table
-from martlet.functional.packing import pack, unpack
-from martlet.functional.ranges import weight_scale_mse
-from martlet.functional.table import Table, lookup
+from martlet.functional.quantize import affine
+from martlet.functional.quantize.formats import FLOAT8, table
+from martlet.functional.quantize.packing import pack, unpack
+from martlet.functional.quantize.ranges import weight_scale_mse
+from martlet.functional.quantize.table import Table, lookup
 
 # Operators of our own, because they must export to exactly one ONNX operator each, but for the type of 4-bit values.
 _library = torch.library.Library("martlet", "DEF")

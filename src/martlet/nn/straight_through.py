@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from martlet.functional.lsq import gradient_scale, round_with_step
-from martlet.functional.packing import pack
+from martlet.functional.quantize.lsq import gradient_scale, round_with_step
+from martlet.functional.quantize.packing import pack
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
 
 EDGE = 0.499

@@ -182,7 +182,7 @@ class Precision(Space[Chosen]):
     @cached_property
     def rounding(self) -> tuple[GraphModule, list[dict[Node, Callable[..., Tensor]]]]:
         """The graph before anything is rounded; and by unit what rounds it, as `changed_logits` takes it."""
-        from martlet.graph.layout import uncut
+        from martlet.graph.rewrite.layout import uncut
 
         graph: GraphModule = self.before.copy().module  # type: ignore[assignment]
         plan: Plan = self.technique.plan_(graph, self.context(self.calibration))
@@ -227,7 +227,7 @@ class Precision(Space[Chosen]):
 
 def unit_times(ops: Iterable[Op], units: Sequence[Unit]) -> list[float]:
     """Microseconds of each unit's multiplications. An operation that runs several shares its time among them evenly."""
-    from martlet.graph.layout import uncut
+    from martlet.graph.rewrite.layout import uncut
 
     unit_of = {name: i for i, unit in enumerate(units) for name in unit}
     found = [0.0] * len(units)

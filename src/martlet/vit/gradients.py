@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from martlet.core.technique import Batches, Progress, silent
-from martlet.functional.saliency import each, head_sums, unit_sums
+from martlet.functional.structure.saliency import each, head_sums, unit_sums
 from martlet.vit.budget import Kind
 from martlet.vit.structure import read_attention, read_mlp
 from martlet.vit.view import VitView, view

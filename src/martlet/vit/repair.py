@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from martlet.core.technique import Batches, Progress, silent
-from martlet.functional.heads import HeadWeights, UnitWeights, selection
-from martlet.functional.repair import Fit, Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
+from martlet.functional.structure.heads import HeadWeights, UnitWeights, selection
+from martlet.functional.structure.repair import (
+    Fit,
+    Gram,
+    fit,
+    removal_order,
+    score_bases,
+    score_fit,
+    units_kept,
+    value_bases,
+)
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.gradients import token_weights
 from martlet.vit.streams import First, Streams, Tap

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from martlet.core.technique import Batches, Progress, silent
-from martlet.functional.heads import HeadWeights
-from martlet.functional.repair import Gram, fit, removal_order, score_bases, units_kept, value_bases
+from martlet.functional.structure.heads import HeadWeights
+from martlet.functional.structure.repair import Gram, fit, removal_order, score_bases, units_kept, value_bases
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.budget import Kind, Levels
 from martlet.vit.repair import RIDGE, HeadStatistics, head_statistics, replace_all_
@@ -34,8 +34,8 @@ def measured_losses(
 ) -> dict[Key, Levels]:
     """Mean KL from the logits of the whole model, in nats, by block, kind of cut, and what it leaves.
 
-    Cuts are the best of their size that `functional/repair.py` knows: bases of q, k and v, and hidden units that the
-    others replace, fc2 being fitted again.
+    Cuts are the best of their size that `functional/structure/repair.py` knows: bases of q, k and v, and hidden units
+    that the others replace, fc2 being fitted again.
 
     levels: sizes to be left. measured_on: how many leading images losses are measured on, in whole batches; all images
     say what to cut.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from martlet.core.errors import RecipeError, SourceError
-from martlet.functional.heads import HeadWeights, UnitWeights
+from martlet.functional.structure.heads import HeadWeights, UnitWeights
 from martlet.nn.attention import ShapedAttention
 from martlet.vit.view import AttentionView, BlockView, LinearView, MlpView, Part, VitView, join, view
 

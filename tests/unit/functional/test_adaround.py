@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from martlet.functional import adaround
-from martlet.functional.adaround import (
+from martlet.functional.quantize import adaround
+from martlet.functional.quantize.adaround import (
     annealed_beta,
     drop_quantization,
     initial_rounding,

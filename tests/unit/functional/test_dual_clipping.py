@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.dual_clipping import learn_clipping, rounded_channels
-from martlet.functional.percentile import percentile_scales
+from martlet.functional.quantize.dual_clipping import learn_clipping, rounded_channels
+from martlet.functional.quantize.percentile import percentile_scales
 
 BITS, CHANNELS = 4, 6
 LAST = 2**BITS - 1

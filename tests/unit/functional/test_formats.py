@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from martlet.functional.formats import (
+from martlet.functional.quantize.formats import (
     CLIP_STEP,
     IntegerGrid,
     TableGrid,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from martlet.core.errors import NumericsError
-from martlet.functional.formats import IntegerGrid, TableGrid, WeightGrid, normal_float4
-from martlet.functional.gptq import (
+from martlet.functional.quantize.formats import IntegerGrid, TableGrid, WeightGrid, normal_float4
+from martlet.functional.quantize.gptq import (
     RoundedWeight,
     attention_concentration,
     effective_rows,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from martlet.core.errors import NumericsError
-from martlet.functional import integer
-from martlet.functional.integer import (
+from martlet.functional.quantize import integer
+from martlet.functional.quantize.integer import (
     MAX_SHIFT,
     SIGMOID_SLOPE,
     divide,

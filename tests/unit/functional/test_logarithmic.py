@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from martlet.functional.logarithmic import (
+from martlet.functional.quantize.logarithmic import (
     ADALOG_DENOMINATOR,
     GELU_SHIFT,
     SULQ_SHIFTS,

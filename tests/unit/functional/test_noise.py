@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from martlet.functional.logarithmic import fold_shift
-from martlet.functional.noise import expected_rounding_error, noisy_bias, search_amplitude
+from martlet.functional.quantize.logarithmic import fold_shift
+from martlet.functional.quantize.noise import expected_rounding_error, noisy_bias, search_amplitude
 
 SCALE = 0.3
 

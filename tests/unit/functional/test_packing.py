@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from martlet.functional.packing import pack, unpack
+from martlet.functional.quantize.packing import pack, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from martlet.functional.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
+from martlet.functional.quantize.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
 
 
 def rows(seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.progressive import ProgressiveWeight, progressive_weight, protective_range
+from martlet.functional.quantize.progressive import ProgressiveWeight, progressive_weight, protective_range
 
 
 def oracle(weight: Tensor, size: int, bits: int) -> list[list[int]]:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.repair import Gram, fit, removal_order, score_bases, score_fit, units_kept, value_bases
+from martlet.functional.structure.repair import (
+    Gram,
+    fit,
+    removal_order,
+    score_bases,
+    score_fit,
+    units_kept,
+    value_bases,
+)
 
 SAMPLES, INPUTS, OUTPUTS = 60, 6, 4
 

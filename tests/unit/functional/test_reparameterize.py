@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
-from martlet.functional.affine import quantize
-from martlet.functional.reparameterize import (
+from martlet.functional.quantize.affine import quantize
+from martlet.functional.quantize.reparameterize import (
     ScaleReparameterization,
     median_scale,
     reparameterize_scales,

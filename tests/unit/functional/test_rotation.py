@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from martlet.functional.rotation import (
+from martlet.functional.quantize.rotation import (
     hadamard,
     klt_basis,
     orthogonality_error,

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from martlet.functional.logarithmic import ADALOG_DENOMINATOR, GELU_SHIFT, LogarithmicGrid
-from martlet.functional.search import (
+from martlet.functional.quantize.logarithmic import ADALOG_DENOMINATOR, GELU_SHIFT, LogarithmicGrid
+from martlet.functional.quantize.search import (
     NUMERATORS,
     AffineGrid,
     best_grid,
@@ -16,7 +16,7 @@ from martlet.functional.search import (
     search_logarithmic,
     squared_error,
 )
-from martlet.functional.twin import TwinGeluGrid, TwinSoftmaxGrid
+from martlet.functional.quantize.twin import TwinGeluGrid, TwinSoftmaxGrid
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = torch.randn(60, 8, generator=GENERATOR).double() * torch.tensor([1, 1, 1, 1, 2, 2, 4, 8.0])

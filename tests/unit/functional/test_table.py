@@ -5,10 +5,10 @@ import bisect
 import pytest
 import torch
 
-from martlet.functional.logarithmic import GELU_SHIFT, LogarithmicGrid, ShiftUniformLog2Grid
-from martlet.functional.search import AffineGrid
-from martlet.functional.table import Quantizes, Table, lookup, tabulate
-from martlet.functional.twin import TwinGeluGrid, TwinSoftmaxGrid
+from martlet.functional.quantize.logarithmic import GELU_SHIFT, LogarithmicGrid, ShiftUniformLog2Grid
+from martlet.functional.quantize.search import AffineGrid
+from martlet.functional.quantize.table import Quantizes, Table, lookup, tabulate
+from martlet.functional.quantize.twin import TwinGeluGrid, TwinSoftmaxGrid
 
 GRIDS: dict[str, Quantizes] = {
     "affine": AffineGrid(4, 0.37, 5),

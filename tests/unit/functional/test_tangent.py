@@ -5,10 +5,10 @@ from math import atan, pi, tan
 import pytest
 import torch
 
-from martlet.functional.logarithmic import LogarithmicGrid
-from martlet.functional.search import best_grid, product_error, sample_queries, squared_error
-from martlet.functional.table import lookup, tabulate
-from martlet.functional.tangent import ANGLES, TangentGrid, search_tangent
+from martlet.functional.quantize.logarithmic import LogarithmicGrid
+from martlet.functional.quantize.search import best_grid, product_error, sample_queries, squared_error
+from martlet.functional.quantize.table import lookup, tabulate
+from martlet.functional.quantize.tangent import ANGLES, TangentGrid, search_tangent
 
 GENERATOR = torch.Generator().manual_seed(0)
 MAPS = torch.softmax(torch.randn(60, 50, generator=GENERATOR) * 3, -1)

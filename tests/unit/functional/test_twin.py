@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from martlet.functional.logarithmic import GELU_SHIFT
-from martlet.functional.twin import TwinGeluGrid, TwinSoftmaxGrid, covering_exponent
+from martlet.functional.quantize.logarithmic import GELU_SHIFT
+from martlet.functional.quantize.twin import TwinGeluGrid, TwinSoftmaxGrid, covering_exponent
 
 
 def softmax_values() -> torch.Tensor:

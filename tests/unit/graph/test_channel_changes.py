@@ -7,9 +7,9 @@ import torch
 from small_vits import SIZE, VITS, Noise, error, logits, traced, vit
 from torch import Tensor, nn
 
-from martlet.functional.percentile import percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales, smooth_with_bias
-from martlet.graph.reparameterize import reparameterize_
+from martlet.functional.quantize.percentile import percentile_scales
+from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales, smooth_with_bias
+from martlet.graph.rewrite.reparameterize import reparameterize_
 from martlet.graph.trace import trace
 
 IMAGES = torch.cat(list(Noise()))

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from martlet.core.kept import Kept
 from martlet.core.technique import silent
-from martlet.functional.search import AffineGrid
+from martlet.functional.quantize.search import AffineGrid
 from martlet.graph.fit import Call, Fitted, fit, remembered, tensor_kind
 from martlet.graph.low_bit import affine
 from martlet.graph.rounding import insert_

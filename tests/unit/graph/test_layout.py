@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 
 from martlet.graph.attention import Attention, attentions, scale_channels_
-from martlet.graph.layout import flatten_masks_, scale_after_scores_, split_convolutions_, split_projections_
+from martlet.graph.rewrite.layout import flatten_masks_, scale_after_scores_, split_convolutions_, split_projections_
 from martlet.graph.rounding import tensor
 from martlet.graph.sites import aten
 from martlet.graph.trace import trace

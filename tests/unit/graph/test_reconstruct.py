@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 from martlet.core.errors import ArtifactError
 from martlet.core.kept import Kept
 from martlet.core.technique import silent
-from martlet.functional.packing import unpack
-from martlet.functional.table import tabulate
-from martlet.functional.twin import TwinGeluGrid
+from martlet.functional.quantize.packing import unpack
+from martlet.functional.quantize.table import tabulate
+from martlet.functional.quantize.twin import TwinGeluGrid
 from martlet.graph import rounding
 from martlet.graph.fit import fit
 from martlet.graph.objectives import Block, mean_squared

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from martlet.core.technique import silent
-from martlet.functional.rotation import klt_basis, rotation, standard_basis, variance_spread
+from martlet.functional.quantize.rotation import klt_basis, rotation, standard_basis, variance_spread
 from martlet.graph.attention import attentions
-from martlet.graph.layout import scale_after_scores_
-from martlet.graph.rotate import (
+from martlet.graph.rewrite.layout import scale_after_scores_
+from martlet.graph.rewrite.rotate import (
     Stream,
     covariances,
     fold_norms_,
@@ -200,7 +200,7 @@ def test_half_a_rotation_of_a_head_would_show(monkeypatch: pytest.MonkeyPatch) -
     assert attention.v
     heads, width = attention.v.index.shape
     turned = torch.stack([turn(width, seed, keep_ones=False) for seed in range(heads)])
-    monkeypatch.setattr("martlet.graph.rotate._rotate_rows_", lambda *_: None)
+    monkeypatch.setattr("martlet.graph.rewrite.rotate._rotate_rows_", lambda *_: None)
     rotate_values_(graph_module, attention, turned)
     assert error(exact, logits(graph_module)) > 1e-3
 

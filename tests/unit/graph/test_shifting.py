@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from martlet.core.technique import silent
-from martlet.graph import layout, shifting
 from martlet.graph.attention import attentions
 from martlet.graph.observe import observe
-from martlet.graph.shifting import shift_
+from martlet.graph.rewrite import layout, shifting
+from martlet.graph.rewrite.shifting import shift_
 from martlet.graph.trace import trace
 
 

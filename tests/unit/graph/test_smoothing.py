@@ -8,10 +8,10 @@ from small_vits import VITS, Noise, error, logits, node_of, traced
 from torch.fx import GraphModule
 
 from martlet.core.technique import silent
-from martlet.functional.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
 from martlet.graph.observe import observe
+from martlet.graph.rewrite.smoothing import smooth_
 from martlet.graph.sites import aten
-from martlet.graph.smoothing import smooth_
 
 CHANNEL = 4
 

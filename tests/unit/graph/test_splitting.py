@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from martlet.core.technique import silent
-from martlet.functional.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
 from martlet.graph.observe import observe
-from martlet.graph.splitting import restore_, split_
+from martlet.graph.rewrite.splitting import restore_, split_
 from martlet.nn.quantizers import ChannelScale
 
 CHANNEL = 5

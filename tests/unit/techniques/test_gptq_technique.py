@@ -20,8 +20,8 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
 from martlet.engine.onnx import to_onnx
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.gptq import gptq, input_hessian, output_error, round_to_nearest
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.gptq import gptq, input_hessian, output_error, round_to_nearest
 from martlet.graph import sequential as module
 from martlet.graph.bits import bit_map
 from martlet.graph.observe import observe_calls

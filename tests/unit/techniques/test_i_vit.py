@@ -22,7 +22,7 @@ from martlet.data.batches import batches
 from martlet.data.calibration import Calibration
 from martlet.engine.openvino import OpenVINO
 from martlet.engine.torch import Torch
-from martlet.functional.integer import SIGMOID_SLOPE, shift_gelu
+from martlet.functional.quantize.integer import SIGMOID_SLOPE, shift_gelu
 from martlet.graph.bits import bit_map
 from martlet.graph.integer import Request
 from martlet.graph.observe import observe_calls

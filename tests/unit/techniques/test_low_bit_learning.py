@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from martlet.core import registry
 from martlet.core.errors import RecipeError
 from martlet.graph.bits import bit_map
-from martlet.graph.low_rank import split_linears_
+from martlet.graph.rewrite.low_rank import split_linears_
 from martlet.graph.sites import sites
 from martlet.graph.trace import example_values
 from martlet.measure.macs import macs_by_node

@@ -10,10 +10,10 @@ from torch.fx import GraphModule
 
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
-from martlet.functional.rotation import variance_spread
+from martlet.functional.quantize.rotation import variance_spread
 from martlet.graph.attention import attentions
-from martlet.graph.layout import scale_after_scores_
-from martlet.graph.rotate import covariances
+from martlet.graph.rewrite.layout import scale_after_scores_
+from martlet.graph.rewrite.rotate import covariances
 from martlet.graph.streams import streams
 from martlet.techniques.quantize.mambaquant import MambaQuant
 

@@ -12,8 +12,8 @@ from martlet.core import pipeline
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
-from martlet.functional.logarithmic import fold_shift
-from martlet.functional.noise import search_amplitude
+from martlet.functional.quantize.logarithmic import fold_shift
+from martlet.functional.quantize.noise import search_amplitude
 from martlet.graph.observe import observe_calls
 from martlet.graph.sites import sites
 from martlet.graph.trace import trace

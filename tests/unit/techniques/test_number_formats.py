@@ -17,8 +17,8 @@ from martlet.core.errors import EngineError, NumericsError, RecipeError, UsageEr
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Technique
-from martlet.functional import affine
-from martlet.functional.formats import float8, normal_float4
+from martlet.functional.quantize import affine
+from martlet.functional.quantize.formats import float8, normal_float4
 from martlet.graph.bits import bit_map
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, WeightQuantizer, build, structure
 from martlet.techniques.quantize.fp8 import FP8

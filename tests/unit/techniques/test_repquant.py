@@ -14,9 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, silent
 from martlet.data.preprocess import Preprocess
-from martlet.functional.percentile import percentile_scales
-from martlet.graph.reparameterize import common_grid
-from martlet.graph.shifting import norms_before_linears
+from martlet.functional.quantize.percentile import percentile_scales
+from martlet.graph.rewrite.reparameterize import common_grid
+from martlet.graph.rewrite.shifting import norms_before_linears
 from martlet.graph.sites import sites
 from martlet.graph.trace import capture
 from martlet.nn.quantizers import TableQuantizer

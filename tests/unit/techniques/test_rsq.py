@@ -16,8 +16,8 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.data import open_images
 from martlet.data.calibration import Calibration
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.gptq import effective_rows, gptq
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.gptq import effective_rows, gptq
 from martlet.graph.attention import attentions
 from martlet.graph.observe import OneBatch
 from martlet.graph.sequential import linears

@@ -8,7 +8,7 @@ from test_view import MODELS, build, image_size
 from torch import Tensor, nn
 
 from martlet.core.errors import RecipeError
-from martlet.functional.heads import selection
+from martlet.functional.structure.heads import selection
 from martlet.nn.attention import ShapedAttention, relative_index
 from martlet.vit import view
 from martlet.vit.repair import Cut, cut_, cut_and_repair_

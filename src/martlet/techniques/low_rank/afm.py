@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.low_rank import Factors, Moments, of_outputs
+from martlet.functional.structure.low_rank import Factors, Moments, of_outputs
 from martlet.nn.factorization import Factorization, Site, logit_errors
 from martlet.nn.low_rank import thin_linear
 

@@ -13,8 +13,8 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional.allocation import Choice
-from martlet.functional.low_rank import HeadFactors, of_heads
-from martlet.functional.rank_allocation import least_loss, levels
+from martlet.functional.structure.low_rank import HeadFactors, of_heads
+from martlet.functional.structure.rank_allocation import least_loss, levels
 from martlet.vit.structure import (
     check_attention,
     put_attention_,

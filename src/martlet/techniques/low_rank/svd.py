@@ -9,7 +9,7 @@ from typing import ClassVar
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.low_rank import Factors, of_weight
+from martlet.functional.structure.low_rank import Factors, of_weight
 from martlet.nn.factorization import Factorization, Site
 
 

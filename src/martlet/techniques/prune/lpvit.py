@@ -14,7 +14,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.blocks import block_sums, choose_blocks, power_weight, spread_blocks
+from martlet.functional.structure.blocks import block_sums, choose_blocks, power_weight, spread_blocks
 from martlet.vit.budget import total_macs, works
 from martlet.vit.view import LinearView, VitView, view
 

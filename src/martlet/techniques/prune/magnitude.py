@@ -10,7 +10,7 @@ from torch import Tensor
 
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.saliency import each, head_sums, unit_sums
+from martlet.functional.structure.saliency import each, head_sums, unit_sums
 from martlet.vit.pruning import Kind, ScoredPruning, Scores
 from martlet.vit.structure import read_attention, read_mlp
 from martlet.vit.view import VitView

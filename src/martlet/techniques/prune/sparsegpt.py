@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from martlet.functional.sparsity import sparsegpt
+from martlet.functional.structure.sparsity import sparsegpt
 from martlet.vit.sparsity import Sparsity
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from martlet.functional.sparsity import wanda
+from martlet.functional.structure.sparsity import wanda
 from martlet.vit.sparsity import Sparsity
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from martlet.functional.logarithmic import GELU_SHIFT
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
-from martlet.functional.search import (
+from martlet.functional.quantize.logarithmic import GELU_SHIFT
+from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.quantize.search import (
     SOFTMAX_VALUES,
     linear_error,
     output_rows_error,

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from martlet.functional.percentile import percentile_scales
-from martlet.functional.reparameterize import ChannelChange, median_scale, reparameterize_scales
-from martlet.functional.search import SOFTMAX_VALUES, product_error, sample_queries, squared_error
-from martlet.functional.tangent import search_tangent
+from martlet.functional.quantize.percentile import percentile_scales
+from martlet.functional.quantize.reparameterize import ChannelChange, median_scale, reparameterize_scales
+from martlet.functional.quantize.search import SOFTMAX_VALUES, product_error, sample_queries, squared_error
+from martlet.functional.quantize.tangent import search_tangent
 from martlet.graph.fit import Call, Fitted, Operand
 from martlet.graph.low_bit import PercentileGrids, sample, tabulated
 from martlet.nn.quantizers import Quantizer

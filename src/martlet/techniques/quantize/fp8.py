@@ -14,7 +14,7 @@ from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.functional.formats import FLOAT8
+from martlet.functional.quantize.formats import FLOAT8
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fitted, fit
 from martlet.graph.low_bit import FIT_IMAGES

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.gptq import RoundedWeight, round_to_nearest
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.gptq import RoundedWeight, round_to_nearest
 from martlet.graph.sequential import SequentialWeights
 
 

@@ -15,12 +15,13 @@ from martlet.core.errors import UsageError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Context, Stage, Technique
-from martlet.functional.affine import affine_parameters
-from martlet.functional.integer import SIGMOID_SLOPE, shift_gelu
-from martlet.functional.ranges import Histogram, candidates, first_order_error, weight_scale_mse
-from martlet.graph import layout, rounding, shifting, smoothing, splitting
+from martlet.functional.quantize.affine import affine_parameters
+from martlet.functional.quantize.integer import SIGMOID_SLOPE, shift_gelu
+from martlet.functional.quantize.ranges import Histogram, candidates, first_order_error, weight_scale_mse
+from martlet.graph import rounding
 from martlet.graph.integer import OPERAND_BITS, WIDE_BITS, Request, Scales, UnsupportedOperation, integerize
 from martlet.graph.observe import observe, observe_calls, observe_gradients
+from martlet.graph.rewrite import layout, shifting, smoothing, splitting
 from martlet.graph.sites import aten
 
 HEADROOM = 1.25

@@ -15,10 +15,11 @@ from martlet.core.errors import RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Choices, Context, Int8Form, Stage, Technique
-from martlet.functional.affine import affine_parameters
-from martlet.functional.ranges import Histogram, candidates, first_order_error
-from martlet.graph import attention, layout, rounding, shifting, smoothing, splitting
+from martlet.functional.quantize.affine import affine_parameters
+from martlet.functional.quantize.ranges import Histogram, candidates, first_order_error
+from martlet.graph import attention, rounding
 from martlet.graph.observe import observe, observe_calls, observe_gradients
+from martlet.graph.rewrite import layout, shifting, smoothing, splitting
 from martlet.graph.rounding import Edge, Grid, Rounding
 from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites, source, within
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer

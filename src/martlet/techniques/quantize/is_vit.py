@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from martlet.core.technique import Context
-from martlet.functional.logarithmic import search_shift
-from martlet.functional.percentile import WEIGHT_QUANTILES, percentile_affine, percentile_grids
+from martlet.functional.quantize.logarithmic import search_shift
+from martlet.functional.quantize.percentile import WEIGHT_QUANTILES, percentile_affine, percentile_grids
 from martlet.graph import rounding
 from martlet.graph.fit import Call, Fit, Fitted, Operand, fit
 from martlet.graph.low_bit import Reparameterized, affine, quantized_weight, tabulated

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from martlet.functional.channel_clipping import DEVIATIONS, search_clipping
-from martlet.functional.reparameterize import ChannelChange
-from martlet.functional.search import linear_error, search_affine
+from martlet.functional.quantize.channel_clipping import DEVIATIONS, search_clipping
+from martlet.functional.quantize.reparameterize import ChannelChange
+from martlet.functional.quantize.search import linear_error, search_affine
 from martlet.graph.fit import Call, Fitted
 from martlet.graph.low_bit import PercentileGrids, affine, sample
 

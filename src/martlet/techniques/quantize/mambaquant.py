@@ -12,14 +12,14 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.rotation import klt_basis, rotation, standard_basis, variance_spread
-from martlet.functional.search import search_affine, squared_error
-from martlet.functional.smoothing import smoothquant_factors
+from martlet.functional.quantize.rotation import klt_basis, rotation, standard_basis, variance_spread
+from martlet.functional.quantize.search import search_affine, squared_error
+from martlet.functional.quantize.smoothing import smoothquant_factors
 from martlet.graph.attention import Attention, attentions, scale_channels_
 from martlet.graph.fit import Operand
-from martlet.graph.layout import scale_after_scores_
 from martlet.graph.low_bit import LowBit, affine, sample
-from martlet.graph.rotate import (
+from martlet.graph.rewrite.layout import scale_after_scores_
+from martlet.graph.rewrite.rotate import (
     covariances,
     fold_norms_,
     rotate_scores_,

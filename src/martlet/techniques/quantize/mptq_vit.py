@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from martlet.core.errors import RecipeError
-from martlet.functional.reparameterize import ChannelChange, smooth_with_bias
-from martlet.functional.scale_ratio import search_ratio
-from martlet.functional.search import RoundingError, best_grid, linear_error, search_affine, squared_error
-from martlet.functional.twin import TwinSoftmaxGrid
+from martlet.functional.quantize.reparameterize import ChannelChange, smooth_with_bias
+from martlet.functional.quantize.scale_ratio import search_ratio
+from martlet.functional.quantize.search import RoundingError, best_grid, linear_error, search_affine, squared_error
+from martlet.functional.quantize.twin import TwinSoftmaxGrid
 from martlet.graph.fit import Call, Fitted, Operand
 from martlet.graph.low_bit import Reparameterized, affine, sample, tabulated
 from martlet.nn.quantizers import Quantizer

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from martlet.core.technique import Context
-from martlet.functional.noise import noisy_bias
-from martlet.functional.search import AffineGrid, linear_error, search_affine, squared_error
+from martlet.functional.quantize.noise import noisy_bias
+from martlet.functional.quantize.search import AffineGrid, linear_error, search_affine, squared_error
 from martlet.graph.fit import Call, Fitted, Operand
 from martlet.graph.low_bit import LowBit, affine, sample
 from martlet.nn.quantizers import Quantizer, TableQuantizer

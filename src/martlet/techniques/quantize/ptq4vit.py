@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from martlet.functional.hessian_search import FACTORS
-from martlet.functional.search import AffineGrid
-from martlet.functional.twin import TwinGeluGrid, TwinSoftmaxGrid, covering_exponent
+from martlet.functional.quantize.hessian_search import FACTORS
+from martlet.functional.quantize.search import AffineGrid
+from martlet.functional.quantize.twin import TwinGeluGrid, TwinSoftmaxGrid, covering_exponent
 from martlet.graph.fit import Operand
 from martlet.graph.hessian_guided import HessianGuided, symmetric_grids
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from martlet.core.technique import Context
-from martlet.functional.hessian_search import FACTORS, covering_step
-from martlet.functional.search import AffineGrid
+from martlet.functional.quantize.hessian_search import FACTORS, covering_step
+from martlet.functional.quantize.search import AffineGrid
 from martlet.graph import sensitivity
 from martlet.graph.fit import Call, Fit, Fitted, Operand
 from martlet.graph.hessian_guided import HessianGuided, as_quantizer, symmetric_grids

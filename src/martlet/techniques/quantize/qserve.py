@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.percentile import percentile_affine
-from martlet.functional.progressive import progressive_weight
+from martlet.functional.quantize.percentile import percentile_affine
+from martlet.functional.quantize.progressive import progressive_weight
 from martlet.graph.attention import Attention, attentions, scale_channels_
 from martlet.graph.fit import Call, Operand
-from martlet.graph.layout import scale_after_scores_
 from martlet.graph.low_bit import LowBit, affine
 from martlet.graph.observe import OneBatch, observe
+from martlet.graph.rewrite.layout import scale_after_scores_
 from martlet.nn.quantizers import PackedWeightQuantizer, Quantizer, WeightQuantizer
 
 SMOOTHING = 0.5

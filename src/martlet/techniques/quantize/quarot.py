@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
-from martlet.graph.rotate import spread_
+from martlet.graph.rewrite.rotate import spread_
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from martlet.functional.dual_clipping import learn_clipping
-from martlet.functional.percentile import percentile_scales
-from martlet.functional.reparameterize import ChannelChange, reparameterize_scales
-from martlet.functional.search import AffineGrid
+from martlet.functional.quantize.dual_clipping import learn_clipping
+from martlet.functional.quantize.percentile import percentile_scales
+from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales
+from martlet.functional.quantize.search import AffineGrid
 from martlet.graph.fit import Call, Fitted
 from martlet.graph.low_bit import PercentileGrids, affine, sample
-from martlet.graph.reparameterize import common_grid
+from martlet.graph.rewrite.reparameterize import common_grid
 from martlet.graph.sites import source
 from martlet.nn.quantizers import Quantizer
 

@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.errors import RecipeError
 from martlet.core.technique import Context
-from martlet.functional.gptq import attention_concentration
+from martlet.functional.quantize.gptq import attention_concentration
 from martlet.graph.attention import attentions
 from martlet.graph.observe import OneBatch, observe_calls
-from martlet.graph.rotate import spread_
+from martlet.graph.rewrite.rotate import spread_
 from martlet.graph.segments import blocks
 from martlet.graph.sequential import SequentialWeights
 from martlet.graph.sites import Site, sites

@@ -13,12 +13,12 @@ from torch.fx import GraphModule
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.functional.reparameterize import ChannelChange
-from martlet.functional.search import search_affine, squared_error
-from martlet.functional.smoothing import smoothquant_factors
+from martlet.functional.quantize.reparameterize import ChannelChange
+from martlet.functional.quantize.search import search_affine, squared_error
+from martlet.functional.quantize.smoothing import smoothquant_factors
 from martlet.graph.fit import Operand
 from martlet.graph.low_bit import Reparameterized, affine, sample
-from martlet.graph.low_rank import add_branches_, in_branch, split_linears_
+from martlet.graph.rewrite.low_rank import add_branches_, in_branch, split_linears_
 from martlet.graph.sites import Site
 from martlet.nn.quantizers import Quantizer
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from martlet.core.errors import RecipeError
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.percentile import percentile_affine
-from martlet.functional.search import AffineGrid, search_affine, squared_error
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.percentile import percentile_affine
+from martlet.functional.quantize.search import AffineGrid, search_affine, squared_error
 from martlet.graph.fit import Call, Operand
 from martlet.graph.low_bit import LowBit, affine, percentile_weight, quantized_weight, sample
 from martlet.nn.quantizers import Quantizer

@@ -15,8 +15,8 @@ from martlet.core.errors import NumericsError, RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Choices, Context, Stage, Technique
-from martlet.functional.formats import FLOAT8, TABLES, IntegerGrid, TableGrid, fitting_group_size, table
-from martlet.functional.gptq import round_to_nearest
+from martlet.functional.quantize.formats import FLOAT8, TABLES, IntegerGrid, TableGrid, fitting_group_size, table
+from martlet.functional.quantize.gptq import round_to_nearest
 from martlet.graph import rounding
 from martlet.graph.sites import Site, sites
 from martlet.nn.quantizers import PackedWeightQuantizer, Quantizer, WeightQuantizer

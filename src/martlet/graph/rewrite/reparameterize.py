@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
-from martlet.functional.reparameterize import ChannelChange, ScaleReparameterization
+from martlet.functional.quantize.reparameterize import ChannelChange, ScaleReparameterization
+from martlet.graph.rewrite.shifting import has_biases, norms_before_linears
 from martlet.graph.rounding import tensor
-from martlet.graph.shifting import has_biases, norms_before_linears
 from martlet.graph.sites import module_path
 from martlet.graph.trace import Walk
 

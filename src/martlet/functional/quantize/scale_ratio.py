@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from martlet.functional.search import RoundingError, best_grid
-from martlet.functional.twin import TwinGeluGrid
+from martlet.functional.quantize.search import RoundingError, best_grid
+from martlet.functional.quantize.twin import TwinGeluGrid
 
 RATIOS = range(9)
 """m, for which the positive step is 2^m times the negative one."""

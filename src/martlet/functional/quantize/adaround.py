@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from martlet.functional.logarithmic import check_bits
+from martlet.functional.quantize.logarithmic import check_bits
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # γ and ζ: the sigmoid reaches 0 and 1, where its gradient ends
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
 from martlet.core.technique import Progress
-from martlet.functional.rotation import rotation, standard_basis
+from martlet.functional.quantize.rotation import rotation, standard_basis
 from martlet.graph.attention import Attention, Channels, attentions
 from martlet.graph.observe import OneBatch, observe
 from martlet.graph.probe import parameters

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
 
 ALPHAS = (0.25, 0.5, 0.75)
 """Up to where a channel's greatest value, known from a few images, doesn't decide alone."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.logarithmic import check_bits
+from martlet.functional.quantize.logarithmic import check_bits
 
 STEPS = 100
 RATE = 0.05

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from martlet.core.errors import NumericsError
-from martlet.functional.formats import WeightGrid
+from martlet.functional.quantize.formats import WeightGrid
 
 
 @dataclass(frozen=True)

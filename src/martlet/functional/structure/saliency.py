@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from martlet.functional.heads import HeadWeights, UnitWeights
+from martlet.functional.structure.heads import HeadWeights, UnitWeights
 
 Weights = TypeVar("Weights", HeadWeights, UnitWeights)
 

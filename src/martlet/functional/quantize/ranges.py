@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from martlet.core.errors import NumericsError
-from martlet.functional.affine import affine_parameters, dequantize, quantize
+from martlet.functional.quantize.affine import affine_parameters, dequantize, quantize
 
 BINS = 4096
 SHRINKS = (1.0, 0.85, 0.72, 0.61, 0.52, 0.44, 0.36)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Batches, Progress
-from martlet.functional.smoothing import search_smoothing
+from martlet.functional.quantize.smoothing import search_smoothing
 from martlet.graph import rounding
 from martlet.graph.observe import observe_gradients
 from martlet.graph.sites import aten, sites

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from martlet.functional.logarithmic import check_bits
+from martlet.functional.quantize.logarithmic import check_bits
 
 CLIP_STEP = 0.01  # between the fractions of the range that a search for the best clipping tries
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}

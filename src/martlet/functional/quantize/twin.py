@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from martlet.functional.logarithmic import GELU_SHIFT, check_bits
+from martlet.functional.quantize.logarithmic import GELU_SHIFT, check_bits
 
 
 @dataclass(frozen=True)

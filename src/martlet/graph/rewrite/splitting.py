@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from martlet.core.technique import Batches, Progress
-from martlet.functional.splitting import split_counts
+from martlet.functional.quantize.splitting import split_counts
 from martlet.graph import rounding
 from martlet.graph.observe import observe_gradients
 from martlet.graph.sites import aten

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from martlet.functional.logarithmic import check_bits
-from martlet.functional.percentile import QUANTILES
-from martlet.functional.search import RoundingError, best_grid
+from martlet.functional.quantize.logarithmic import check_bits
+from martlet.functional.quantize.percentile import QUANTILES
+from martlet.functional.quantize.search import RoundingError, best_grid
 
 ANGLES = tuple(pi * (1 - 2 ** (-i / 2)) for i in range(1, 18))
 """From nearly evenly spaced values to nearly all of them at the two ends."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.search import AffineGrid
+from martlet.functional.quantize.search import AffineGrid
 
 QUANTILES = (0.999, 0.9999, 0.99999)
 """RepQ-ViT's official code, and I&S-ViT's for activations."""

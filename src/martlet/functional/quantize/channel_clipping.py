@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.formats import IntegerGrid
-from martlet.functional.reparameterize import ScaleReparameterization, reparameterize_scales
+from martlet.functional.quantize.formats import IntegerGrid
+from martlet.functional.quantize.reparameterize import ScaleReparameterization, reparameterize_scales
 
 DEVIATIONS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, float("inf"))
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.heads import HeadWeights
+from martlet.functional.structure.heads import HeadWeights
 
 
 class Thin(NamedTuple):

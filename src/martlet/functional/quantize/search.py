@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from martlet.functional.logarithmic import ADALOG_DENOMINATOR, LogarithmicGrid, check_bits
+from martlet.functional.quantize.logarithmic import ADALOG_DENOMINATOR, LogarithmicGrid, check_bits
 
 RoundingError = Callable[[Tensor], float]
 NUMERATORS = range(10, 139)  # AdaLog's bases, from 2^(10/37) to 2^(138/37)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.search import G, best_grid
+from martlet.functional.quantize.search import G, best_grid
 
 FACTORS = tuple(0.01 + 0.0238 * i for i in range(51))
 """Of the step that covers the greatest magnitude."""

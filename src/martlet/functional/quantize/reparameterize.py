@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from martlet.functional.smoothing import smoothquant_factors
+from martlet.functional.quantize.smoothing import smoothquant_factors
 
 
 @dataclass(frozen=True)

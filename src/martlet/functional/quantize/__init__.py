@@ -1,0 +1,1 @@
+"""Grids, ranges, rounding: the arithmetic of numbers of few bits."""

@@ -1,0 +1,1 @@
+"""Heads, ranks, saliencies, repairs: the arithmetic of smaller networks."""
