@@ -14,6 +14,9 @@ import torch
 from hypothesis import settings
 from torch.onnx._internal.exporter import _registration
 
+from martlet.graph import trace
+from remembered_traces import remembering
+
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True
 )  # a busy machine is slow, and no test is random
@@ -60,6 +63,14 @@ def one_table_of_operators() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         its = _registration.onnxscript_apis
         patch.setattr(its, "get_torchlib_ops", functools.cache(its.get_torchlib_ops))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_of_a_model() -> Iterator[None]:
+    """What tests trace again is remembered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "capture", remembering(trace.capture))
         yield
 
 
