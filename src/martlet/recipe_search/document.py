@@ -100,6 +100,7 @@ def document(journey: Journey, job: Mapping[str, Any], created: str, rebuild: st
         },
         "points": points,
         "lost": journey.lost(),
+        "peers_left_out": journey.left_out,
         "hypervolume": volumes(points, journey.limits.max_drop),
         "seconds": round(journey.seconds, 1),
     }

@@ -148,6 +148,11 @@ def volume(document: Document) -> str:
     )
 
 
+def left_out(document: Document) -> list[str]:
+    """Which peers there is no point of, and why, a line each."""
+    return [f"No point of {name}: {why}." for name, why in document.get("peers_left_out", {}).items()]
+
+
 def drawn(document: Document) -> dict[str, Any]:
     """What the script draws: axes, limits, and of each point its texts and numbers in the shown units."""
     found = axes(document)
@@ -202,6 +207,7 @@ def render(document: Document) -> str:
         drawn=drawn(document),
         headline=headline(document),
         volume=volume(document),
+        left_out=left_out(document),
         units=units,
     )
     return page.encode("utf-8", "replace").decode("utf-8")

@@ -73,4 +73,6 @@ def test_hypervolume_is_told_with_its_reference_and_whether_all_others_are_domin
     document["hypervolume"]["together"] = 9.5
     assert "every reference and peer is dominated" in " ".join(printed(document).split())
     document["hypervolume"] = None  # nothing was measured on held-out images yet
+    document["peers_left_out"] = {"NNCF int8": "it isn't installed"}
     assert "ypervolume" not in printed(document)
+    assert "No point of NNCF int8: it isn't installed." in printed(document)
