@@ -18,11 +18,11 @@ from martlet import engine as engines
 from martlet.core import pipeline
 from martlet.core.errors import EngineError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Progress, Stage, silent
+from martlet.core.technique import Context, Progress, silent
 from martlet.engine.base import Op, Session, check_images
+from martlet.recipe_search import peers
 
 if TYPE_CHECKING:
-    import openvino as ov
     from onnxruntime.quantization import CalibrationDataReader
     from torch import nn
     from torch.fx import GraphModule
@@ -126,7 +126,15 @@ def openvino_float(precision: str) -> Callable[[Case, Path], Ready]:
     """openvino.convert_model on the torch module."""
 
     def prepare(case: Case, folder: Path) -> Ready:
-        return _openvino(case, folder, _converted(case.model.module, case.probe), f"everything {precision}", precision)
+        import openvino as ov
+        import torch
+
+        from martlet.engine.openvino import XML
+
+        example = torch.from_numpy(case.probe)
+        converted = ov.convert_model(case.model.module, example_input=example, input=[case.probe.shape])
+        ov.save_model(converted, folder / XML, compress_to_fp16=False)
+        return _openvino(case, folder, f"everything {precision}", precision)
 
     return prepare
 
@@ -135,7 +143,7 @@ def nncf_int8(*, default: bool) -> Callable[[Case, Path], Ready]:
     """nncf.quantize on the converted model, with the preset that its documentation says, or with the other one."""
 
     def prepare(case: Case, folder: Path) -> Ready:
-        preset = TRANSFORMER if has_attention(case.model) == default else PLAIN
+        preset = TRANSFORMER if peers.has_attention(case.model) == default else PLAIN
         return _nncf(case, folder, case.model.module, preset)
 
     return prepare
@@ -146,7 +154,7 @@ def nncf_fused(case: Case, folder: Path) -> Ready | None:
     fused = pipeline.run(case.model, Recipe.load("fuse"), Context(seed=case.seed))
     if not fused.steps[-1].record["fused"]:
         return None
-    return _nncf(case, folder, fused.module, TRANSFORMER if has_attention(case.model) else PLAIN)
+    return _nncf(case, folder, fused.module, TRANSFORMER if peers.has_attention(case.model) else PLAIN)
 
 
 def onnxruntime_float(case: Case, folder: Path) -> Ready:
@@ -216,15 +224,6 @@ CONTENDERS = (
 )
 
 
-def has_attention(model: Model) -> bool:
-    """True if two activations are multiplied as matrices."""
-    from martlet.graph.sites import sites
-    from martlet.graph.trace import trace
-
-    assert model.stage is Stage.MODULE
-    return any(site.is_attention for site in sites(trace(model.module, model.preprocess.size)))
-
-
 def _torch(case: Case, module: nn.Module, mode: str) -> Ready:
     import torch
 
@@ -235,22 +234,11 @@ def _torch(case: Case, module: nn.Module, mode: str) -> Ready:
     return Ready(open=lambda _: Peer(run, case.threads), bits=FLOAT, settings={"mode": mode})
 
 
-def _converted(module: nn.Module, probe: np.ndarray) -> ov.Model:
-    import openvino as ov
-    import torch
-
-    return ov.convert_model(module, example_input=torch.from_numpy(probe), input=[probe.shape])
-
-
-def _openvino(
-    case: Case, folder: Path, model: ov.Model, bits: str, precision: str, settings: dict[str, Any] | None = None
-) -> Ready:
-    import openvino as ov
-
+def _openvino(case: Case, folder: Path, bits: str, precision: str, settings: dict[str, Any] | None = None) -> Ready:
+    """The files in the folder."""
     from martlet.engine.openvino import BIN, XML
 
     engine = engines.get("openvino")
-    ov.save_model(model, folder / XML, compress_to_fp16=False)
     return Ready(
         open=lambda precision: engine.open(folder, batch=BATCH, precision=precision, threads=case.threads),
         bits=bits,
@@ -262,17 +250,9 @@ def _openvino(
 
 
 def _nncf(case: Case, folder: Path, module: nn.Module, preset: str) -> Ready:
-    import nncf
-
     floating = "bf16" if "bf16" in engines.get("openvino").alternatives() else "f32"
-    quantized = nncf.quantize(
-        _converted(module, case.probe),
-        nncf.Dataset(list(case.images())),
-        subset_size=case.calibration.num_images,
-        model_type=nncf.ModelType.TRANSFORMER if preset == TRANSFORMER else None,
-    )
-    bits = NNCF_BITS.format(floating=floating)
-    return _openvino(case, folder, quantized, bits, floating, {"preset": preset})
+    peers.nncf_int8(module, case.images(), folder, transformer=preset == TRANSFORMER)
+    return _openvino(case, folder, NNCF_BITS.format(floating=floating), floating, {"preset": preset})
 
 
 def _exported(case: Case, path: Path) -> Path:

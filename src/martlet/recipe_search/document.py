@@ -22,6 +22,10 @@ AXES = {
     "file_bytes": ("files", "bytes", "lower"),
     "memory_bytes": ("peak memory", "bytes", "lower"),
 }
+BEYOND = 1.1
+"""Times the worst of what needs no search is where hypervolumes end."""
+LEAST_DROP_PCT = 0.1
+"""And no less, so that there is a volume where nothing loses anything."""
 
 
 def document(journey: Journey, job: Mapping[str, Any], created: str, rebuild: str) -> dict[str, Any]:
@@ -96,7 +100,8 @@ def document(journey: Journey, job: Mapping[str, Any], created: str, rebuild: st
         },
         "points": points,
         "lost": journey.lost(),
-        "hypervolume": volumes(points),
+        "peers_left_out": journey.left_out,
+        "hypervolume": volumes(points, journey.limits.max_drop),
         "seconds": round(journey.seconds, 1),
     }
 
@@ -121,29 +126,32 @@ def on_front(values: Sequence[Mapping[str, Any] | None]) -> list[bool]:
     return pareto.front(np.array(rows)).tolist()
 
 
-def volumes(points: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How much of the box each set dominates, as a share: on held-out images, drop by latency.
+def volumes(points: Iterable[Mapping[str, Any]], max_drop_pct: float | None) -> dict[str, Any] | None:
+    """How much of drop by latency, in points times milliseconds, sets of points dominate, by held-out images.
 
-    The box reaches from no time and the least drop there is to the slowest point and the greatest drop, of all sets.
+    Up to a reference point, a tenth beyond the worst drop and time of what needs no search, and beyond the drop that is
+    allowed. `found` is what the search's own points dominate, `others` what references and peers do, and `together` all
+    of them: where that is `found`, every other point is dominated. None until something is measured on held-out images.
     """
-    rows = [
-        (p["kind"], p["values"]["drop_pct"]["value"], p["values"]["latency_ms"]["value"])
-        for p in points
-        if p["stage"] == "final"
-    ]
-    if not rows:
+    rows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for p in points:
+        if p["stage"] == "final":
+            pair = p["values"]["drop_pct"]["value"], p["values"]["latency_ms"]["value"]
+            rows[p["kind"] == "candidate"].append(pair)
+    found, others = rows[True], rows[False]
+    if not others:
         return None
-    low, high, slowest = (f(row[i] for row in rows) for f, i in ((min, 1), (max, 1), (max, 2)))
-    width = max(high - low, 1e-9)
+    drop_pct = BEYOND * max(max_drop_pct or 0.0, *(drop for drop, _ in others), LEAST_DROP_PCT)
+    latency_ms = BEYOND * max(ms for _, ms in others)
 
-    def share(kinds: set[str]) -> float:
-        inside = [((d - low) / width, ms / slowest) for kind, d, ms in rows if kind in kinds]
-        return pareto.hypervolume(np.array(inside), (1.0, 1.0))
+    def volume(rows: Sequence[tuple[float, float]]) -> float:
+        return pareto.hypervolume(np.array(rows), (drop_pct, latency_ms))
 
     return {
-        "axes": ["drop_pct", "latency_ms"],
-        "found": share({"candidate"}),
-        "others": share({"reference", "peer"}),
+        "reference": {"drop_pct": drop_pct, "latency_ms": latency_ms},
+        "found": volume(found),
+        "others": volume(others),
+        "together": volume(found + others),
     }
 
 

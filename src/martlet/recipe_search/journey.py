@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from martlet.core import pipeline, store
 from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress
+from martlet.recipe_search import peers
 from martlet.recipe_search.folder import Folder
 from martlet.recipe_search.limits import Limits, Values
 from martlet.recipe_search.measure import FLOAT, Measure
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
 
 FRONT = 12
 """Values of a front that are drawn from."""
-FRONT_SHARE = 0.17
-"""Of the time, at most, in which one front is found; a technique whose isn't done by then is drawn without."""
+FAR = 3
+"""Times the drop that is allowed is where a front ends that is drawn from."""
+FRONT_SHARE = 0.1
+"""Of the time, at most, in which one front is found; what is found by then is drawn from."""
 PROMOTED = 2
 """Of a batch and all before it, how many are compressed for good and measured on the engine."""
-FINALISTS = 6
+FINALISTS = 8
 """Of the front, how many are measured on images that no search has seen; the winner is one of them."""
 IDLE = 4
 """Batches without anything new, after which the space counts as known."""
@@ -74,6 +78,8 @@ class Journey:
     command: str | None
     noted: Callable[[Journey], object]
     """Called when something new is on record."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Peers that there are none of, and why."""
     started: float = field(default_factory=time.monotonic)
 
     # ---- time
@@ -90,7 +96,7 @@ class Journey:
     def left(self) -> float:
         """Seconds until the winner's proof has to begin."""
         if self.minutes is None:
-            return float("inf")
+            return inf
         n = len(self.references) + FINALISTS + len(self.peers)
         ms = max((entry["latency_ms"] for entry in self.measured.values()), default=0.0)
         proof = PROOF_SECONDS + n * 8 + (n + 2) * len(self.held_out) * ms / 1000
@@ -156,21 +162,40 @@ class Journey:
             MartletError: the references can't be measured.
         """
         self._measure(list(self.references.values()))
+        self.prepare_peers()
         self.find_fronts()
         self.search()
         self.finish()
+
+    def prepare_peers(self) -> None:
+        """What others make of the model, besides the peers that were given."""
+        m = self.measure
+        self.progress("quantize with NNCF", 0, 1)
+        made, self.left_out = peers.prepare(m.source, m.engine, m.calibration, self.folder.path / "peers")
+        self.peers = made | {**self.peers}
+        self.note()
 
     def find_fronts(self) -> None:
         """What techniques have to be measured for before their settings can be drawn."""
         for name, part in self.recipes.parts.items():
             kind = part.choices.front
-            if kind is None:
+            if kind is None or self._beaten(name):
                 continue
             stands_for_all = kind.basis if kind.basis in self.recipes.parts else None
             first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
             if (front := self._front(stands_for_all or first)) is not None:
                 self.recipes.fronts[name] = front
             self.note()
+
+    def _beaten(self, name: str) -> bool:
+        """Whether a technique makes nothing better: each reference that has it is beaten by one that hasn't."""
+        axes = ("latency_ms", "kl", *(["file_bytes"] if self.limits.size_mb is not None else []))
+        rows = {recipe: [self.measured[recipe.digest()][axis] for axis in axes] for recipe in self.references.values()}
+        ours = {recipe for recipe in rows if any(t.name == name for t in recipe.passes)}
+        return bool(ours) and all(
+            any(all(a <= b for a, b in zip(rows[other], rows[our], strict=True)) for other in rows.keys() - ours)
+            for our in ours
+        )
 
     def search(self) -> None:
         """Batches are drawn, screened and told; after each, the most promising are measured on the engine."""
@@ -216,8 +241,11 @@ class Journey:
     def finalists(self) -> dict[str, Recipe]:
         """By digest, what is measured on held-out images: the references, the winner, and more of the front."""
         points = self.candidates_measured()
-        best = front(points, lambda v: v["latency_ms"], lambda v: v["kl"])
-        wanted = [self.chosen(), *spread((p for p in best if p is not self.chosen()), FINALISTS - 1)]
+        first = self.chosen()
+        best = [p for p in front(points, lambda v: v["latency_ms"], lambda v: v["kl"]) if p is not first]
+        kept = spread((p for p in best if self.limits.keeps(p)), FINALISTS - 1)
+        past = [p for p in best if not self.limits.keeps(p)]
+        wanted = [first, *kept, *sorted(past, key=self.limits.excess)[: FINALISTS - 1 - len(kept)]]
         recipes = [*self.references.values(), *(Recipe.from_yaml(point["recipe"]) for point in wanted)]
         return {recipe.digest(): recipe for recipe in recipes if recipe.digest() in self.measured}
 
@@ -273,38 +301,43 @@ class Journey:
 
     def _front(self, name: str) -> list[dict[str, Any]] | None:
         """Settings of a technique on the front of its space; None if there was no time, or the model can't take it."""
-        recipe = self.recipes.plain(name, "int8", "bf16")
+        recipe = self.recipes.plain(name, "bf16")
         position = next(i for i, technique in enumerate(recipe.passes) if technique.name == name)
         kind = self.recipes.parts[name].choices.front
         path = self.folder.path / "fronts" / f"{name}.json"
         assert kind is not None
         record = Record(path, self.folder.get("fronts", name) or {})
-        if "why" in record.data:
-            return None
-        m, until = self.measure, self.seconds + FRONT_SHARE * 60 * (self.minutes or float("inf")) / 2
+        if "front" in record.data:
+            return record.data["front"]
+        m, until = self.measure, self.seconds + FRONT_SHARE * 60 * (self.minutes or inf)
 
         def progress(what: str, done: int, total: int) -> None:
             if self.seconds > until:
                 raise OutOfTime
             self.progress(what, done, total)
 
+        space = kind(
+            m.source, recipe, position, m.engine, First(m.pool, 64), self.screen.calibration, m.threads, m.seed,
+            progress, record,
+        )  # fmt: skip
         try:
-            space = kind(
-                m.source, recipe, position, m.engine, First(m.pool, 64), self.screen.calibration, m.threads, m.seed,
-                progress, record,
-            )  # fmt: skip
             space.time()
             space.judge()
-        except (MartletError, OutOfTime) as error:
-            record.data["why"] = str(error) or "no time was left"
-            record.save()
-            return None
+        except OutOfTime:
+            record.data["why"] = "there was no time for more"
+        except MartletError as error:
+            record.data["why"] = str(error)
         own, found = recipe.passes[position], []
-        for chosen in spread(space.front(), FRONT):
+        worst = inf if self.limits.max_drop is None else FAR * self.limits.max_drop
+        fastest = space.front() if space.losses else []
+        near = [chosen for chosen in fastest if space.loss(chosen).drop_pct <= worst]
+        for chosen in spread(near or fastest, FRONT):
             passes = space.candidate(chosen).passes
             technique = passes[position] if position < len(passes) else None
             if technique is not None and technique.name == own.name:
-                found.append({k: v for k, v in vars(technique).items() if v != getattr(own, k)})
+                found.append({k: v for k, v in technique.settings().items() if v != own.settings().get(k)})
+        record.data["front"] = found or None
+        record.save()
         return found or None
 
     def _screen(self, recipes: Sequence[Recipe]) -> int | None:
@@ -320,7 +353,7 @@ class Journey:
         return len(wanted)
 
     def _measure(self, recipes: Sequence[Recipe]) -> None:
-        """On the engine, those that aren't yet, in one run with the references; and makes the best the winner."""
+        """On the engine, those that aren't yet, in turns with the untouched model; and makes the best the winner."""
         measured = self.measured
         fresh = []
         for recipe in recipes:
@@ -333,10 +366,8 @@ class Journey:
                 continue
             fresh.append(recipe)
         if fresh:
-            found = self.measure.measure([*self.references.values(), *fresh])
-            for digest, entry in found.items():
-                if digest not in measured:
-                    self.folder.put("measured", digest, entry)
+            for digest, entry in self.measure.measure(fresh).items():
+                self.folder.put("measured", digest, entry)
         if self.candidates_measured():
             recipe = self.chosen()["recipe"]
             if (self.folder.get("state", "winner") or {}).get("recipe") != recipe:

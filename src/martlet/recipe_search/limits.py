@@ -70,7 +70,11 @@ class Limits:
 
     def nearest(self, points: Iterable[Values]) -> Values:
         """The one that is least past the limits, by the sum of the shares."""
-        return min(points, key=lambda v: (sum(max(0.0, e) for e in self.over(v).values()), self.price(v)))
+        return min(points, key=lambda v: (self.excess(v), self.price(v)))
+
+    def excess(self, values: Values) -> float:
+        """How far past all limits, as the sum of the shares."""
+        return sum(max(0.0, share) for share in self.over(values).values())
 
     def why_not(self, points: Iterable[Values]) -> str:
         """Whether no point keeps one of the limits, or each is kept and not all together."""

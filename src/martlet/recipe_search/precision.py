@@ -177,7 +177,7 @@ class Precision(Space[Chosen]):
             losses = self._losses(rounded, f"judge {len(wanted)} choices of layers")
             known |= {self.text(c): loss._asdict() for c, loss in zip(wanted, losses, strict=True)}
             self.record.save()
-        self.losses = {text: Loss(**loss) for text, loss in known.items()}
+        self.losses |= {text: Loss(**loss) for text, loss in known.items()}
 
     @cached_property
     def rounding(self) -> tuple[GraphModule, list[dict[Node, Callable[..., Tensor]]]]:
@@ -212,8 +212,11 @@ class Precision(Space[Chosen]):
     def latency_ms(self, chosen: Chosen) -> float:
         return self.table.latency_ms(chosen)
 
+    def loss(self, chosen: Chosen) -> Loss:
+        return self.losses[self.text(chosen)]
+
     def front(self) -> list[Chosen]:
-        return front(self.choices(), self.latency_ms, lambda c: self.losses[self.text(c)].kl)
+        return front(self.choices(), self.latency_ms, lambda c: self.loss(c).kl)
 
     def choices(self) -> list[Chosen]:
         """The best by the sum of errors, the fastest first; all in int8 is one of them."""

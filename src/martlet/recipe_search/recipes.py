@@ -77,12 +77,15 @@ class Recipes:
         """One recipe, by a trial's suggestions; whether it is legal, `Recipe.facts` says."""
         chosen: dict[str, Technique] = {}
         for group in self.groups:
-            always = [name for name in group if self.parts[name].choices.always]
-            options = always if always else [NOTHING, *group]
+            options = self._options(group)
             name = options[0] if len(options) == 1 else trial.suggest_categorical("/".join(group), options)
             if name != NOTHING:
                 chosen[name] = self._set(self.parts[name], trial)
         return Recipe(tuple(chosen[name] for name in self.parts if name in chosen))
+
+    def _options(self, group: tuple[str, ...]) -> Sequence[str]:
+        """What a recipe can have of a group."""
+        return [name for name in group if self.parts[name].choices.always] or [NOTHING, *group]
 
     def _set(self, part: Part, trial: BaseTrial) -> Technique:
         name, settings = part.technique.name, {}
@@ -94,6 +97,33 @@ class Recipes:
             i = 0 if len(front) == 1 else trial.suggest_int(f"{name} front", 0, len(front) - 1)
             settings |= front[i]
         return replace(part.technique, **settings)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Suggestions to begin with, from which a sampler learns what each technique does.
+
+        Each technique alone, with the first of its values and the middle of its front, in what the engine can be told
+        besides; and what only is there or isn't, also without that. What has no front is tried before what has one, and
+        what has many values last.
+        """
+        nothing = {"/".join(group): NOTHING for group in self.groups if self._options(group)[0] == NOTHING}
+        engine = {
+            key: group[0]
+            for key, group in zip(map("/".join, self.groups), self.groups, strict=True)
+            if key in nothing and self.parts[group[0]].technique.stage is Stage.ENGINE
+        }
+        found = [nothing | engine] if engine else []
+        plain = []
+        for group in self.groups:
+            for name in group if (key := "/".join(group)) in nothing and key not in engine else ():
+                part, front = self.parts[name], self.fronts.get(name, [])
+                alone = (
+                    nothing | {key: name} | {f"{name}.{k}": json.dumps(v[0]) for k, v in part.choices.settings.items()}
+                )
+                alone |= {f"{name} front": len(front) // 2} if front else {}
+                plain.append((bool(part.choices.settings) + bool(front), alone))
+        for rank, alone in sorted(plain, key=lambda pair: pair[0]):
+            found += [alone, alone | engine] if engine and not rank else [alone | engine]
+        return found
 
     def plain(self, *names: str) -> Recipe:
         """Those techniques and what is always there, each with the settings of its class; in order."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -123,6 +123,8 @@ class Space(ABC, Generic[C]):
     seed: int
     progress: Progress
     record: Record
+    losses: dict[Hashable, Loss] = field(default_factory=dict, init=False)
+    """What `judge` has found so far."""
 
     basis: ClassVar[str]
     """The technique that is measured in place of all that have this space, when whole recipes are searched."""
@@ -146,6 +148,10 @@ class Space(ABC, Generic[C]):
     @abstractmethod
     def judge(self) -> None:
         """Computes on images what candidates lose."""
+
+    @abstractmethod
+    def loss(self, chosen: C) -> Loss:
+        """As judged."""
 
     @abstractmethod
     def latency_ms(self, chosen: C) -> float:

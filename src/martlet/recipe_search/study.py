@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from martlet.recipe_search.strategies import OVER, Sampler
 
 if TYPE_CHECKING:
     from optuna import Study as OptunaStudy
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
     from martlet.core.facts import Fact
@@ -62,16 +64,28 @@ class Study:
 
         trials = self.study.get_trials(deepcopy=False)
         if trials and not trials[-1].state.is_finished():  # it may have been stopped in the middle of its draw
-            self.study.sampler = self.sampler(self.seed + trials[-1].number)
+            self.study.sampler = self._sampler(trials[-1].number)
             self.recipes.draw(Trial(self.study, trials[-1]._trial_id))
         while not trials or len(trials) % BATCH or trials[-1].state.is_finished():
-            self.study.sampler = self.sampler(self.seed + len(trials))
+            self.study.sampler = self._sampler(len(trials))
             trial = self.study.ask()
             self.recipes.draw(trial)
             trials = self.study.get_trials(deepcopy=False)
             if len(trials) % BATCH == 0:
                 break
         return [(t.number, self.recipe(t)) for t in trials if not t.state.is_finished()]
+
+    def _sampler(self, number: int) -> BaseSampler:
+        """Of the draw of this number; the first ones are set."""
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.samplers import PartialFixedSampler
+
+        sampler, starts = self.sampler(self.seed + number), self.recipes.starts()
+        if number >= len(starts):
+            return sampler
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return PartialFixedSampler(starts[number], sampler)
 
     def tell(self, number: int, values: Sequence[float] | None, over: Mapping[str, float] | None = None) -> None:
         """None for what couldn't be evaluated."""

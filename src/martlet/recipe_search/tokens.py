@@ -128,11 +128,13 @@ class Tokens(Space[Schedule]):
     def latency_ms(self, chosen: Schedule) -> float:
         return self.table.latency_ms(chosen)
 
+    def loss(self, chosen: Schedule) -> Loss:
+        return self.losses[chosen]
+
     def judge(self) -> None:
         """Computes the losses of schedules with one reduction, then of the most promising with one more, and so on."""
         patches = self.taken.patches
         grid = sorted({patches.number * part // PARTS for part in range(1, PARTS)} - {0})
-        self.losses: dict[Schedule, Loss] = {}
         singles = [((block, r),) for block in range(1, self.depth) for r in grid if self._fits(((block, r),))]
         self._lose(singles)
         for _ in range(1, MOST_REDUCTIONS):

@@ -22,6 +22,8 @@ Point = Mapping[str, Any]
 ACCURACY = ("drop_pct", "top1_pct", "agreement_pct")
 """Axes of accuracy, the one to look at first in front."""
 COST = ("latency_ms", "file_bytes", "memory_bytes")
+SAME = 1e-9
+"""Of a volume, what rounding may add."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,28 @@ def headline(document: Document) -> str:
     return f"{best['label']} {verdict}: {numbers}."
 
 
+def volume(document: Document) -> str:
+    """How much of drop by time was won over what needs no search, in one line; empty until it is measured."""
+    found = document.get("hypervolume")
+    if found is None:
+        return ""
+    at, added = found["reference"], found["together"] - found["found"]
+    rest = (
+        "every reference and peer is dominated"
+        if added <= SAME * found["together"]
+        else f"{units.number(found['together'])} with both, so not all of those are dominated"
+    )
+    return (
+        f"Hypervolume of drop by latency, up to {at['drop_pct']:.2f} points and {at['latency_ms']:.2f} ms: found "
+        f"{units.number(found['found'])} points·ms, references and peers {units.number(found['others'])}; {rest}."
+    )
+
+
+def left_out(document: Document) -> list[str]:
+    """Which peers there is no point of, and why, a line each."""
+    return [f"No point of {name}: {why}." for name, why in document.get("peers_left_out", {}).items()]
+
+
 def drawn(document: Document) -> dict[str, Any]:
     """What the script draws: axes, limits, and of each point its texts and numbers in the shown units."""
     found = axes(document)
@@ -182,6 +206,8 @@ def render(document: Document) -> str:
         about=about,
         drawn=drawn(document),
         headline=headline(document),
+        volume=volume(document),
+        left_out=left_out(document),
         units=units,
     )
     return page.encode("utf-8", "replace").decode("utf-8")

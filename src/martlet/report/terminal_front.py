@@ -40,6 +40,9 @@ class Front:
         if options.max_width >= MARGIN + MIN_COLUMNS and self._framed():
             yield from self._chart(options.max_width - MARGIN - 1)
         yield self._table()
+        for line in (pareto.volume(self.document), *pareto.left_out(self.document)):
+            if line:
+                yield terminal.text(line)
 
     def _framed(self) -> list[Point]:
         """As the page: the front, references, peers and the winner; what lies outside their frame isn't drawn."""

@@ -91,6 +91,16 @@ def test_a_front_is_one_more_choice() -> None:
     }
 
 
+def test_a_search_begins_with_each_technique_alone_in_what_the_engine_can_do() -> None:
+    space = recipes("fuse | tps | readout | int8 | bf16")
+    space.fronts = {"tps": [{"r": ((3, 9),)}, {"r": ((2, 5),)}, {"r": ((1, 9),)}]}
+    drawn = [space.draw(FixedTrial(start)) for start in space.starts()]
+    names = [tuple(t.name for t in recipe.passes if t.name != "fuse") for recipe in drawn]
+    assert names == [("bf16",), ("readout",), ("readout", "bf16"), ("tps", "bf16"), ("int8", "bf16")]
+    assert [t.settings()["r"] for recipe in drawn for t in recipe.passes if t.name == "tps"] == [{2: 5}]
+    assert {recipe.digest() for recipe in drawn} <= {recipe.digest() for recipe in every(space)}
+
+
 def test_only_what_the_recipe_has_with_what_it_says() -> None:
     space = recipes("fuse | int8")
     found = every(space)

@@ -1,6 +1,7 @@
 """Strategies on a space whose front is known by trying everything; and a study that is stopped anywhere."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ WORST = (40.0, 40.0)
 
 class Space:
     """Three numbers and a switch; draws are told by what they cost, and recipes aren't needed."""
+
+    def __init__(self, starts: Sequence[dict[str, Any]] = ()) -> None:
+        self._starts = [*starts]
+
+    def starts(self) -> list[dict[str, Any]]:
+        return self._starts
 
     def draw(self, trial: Any) -> Any:
         on = trial.suggest_categorical("switch", ["on", "off"]) == "on"
@@ -102,6 +109,20 @@ def test_stopped_anywhere_it_draws_what_it_would_have(strategy: str, tmp_path: P
     n = min(len(values), len(whole))
     assert n >= 2 * BATCH
     assert [values[i] for i in range(n)] == [tuple(row) for row in whole[:n]]
+
+
+@pytest.mark.parametrize("strategy", ["tpe", "greedy"])
+def test_what_is_begun_with_is_drawn_first(strategy: str, tmp_path: Path) -> None:
+    starts = [{"switch": "off", "a": 5}, {"switch": "on", "a": 2, "b": 3, "c": 1}]
+    one = Study.open(tmp_path / "s.db", 2, Space(starts), strategies.get(strategy), 0, ALL_FACTS)  # type: ignore[arg-type]
+    for number, recipe in one.batch():
+        one.tell(number, recipe.values)  # type: ignore[union-attr]
+    drawn = [trial.params for trial in one.study.get_trials()]
+    assert [{k: params[k] for k in start} for params, start in zip(drawn, starts, strict=False)] == starts
+    assert "c" not in drawn[0]
+    assert any(params["a"] != 5 and params != starts[1] for params in drawn[2:])
+    one.recipes.starts().clear()
+    assert len(one.batch()) == BATCH
 
 
 def test_a_draw_that_fails_is_told_and_left_out(tmp_path: Path) -> None:

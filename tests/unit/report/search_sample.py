@@ -81,4 +81,11 @@ DOCUMENT: dict[str, Any] = {
         point(11, "int8, r = 6", 0.1, 5.5, 6.0, stage="screened", n_images=64),
     ],
     "lost": [{"id": 12, "why": "the worker was killed <b>", "seconds": 30.0}],
+    "peers_left_out": {"NNCF fp4": "there is none <i>"},
+    "hypervolume": {
+        "reference": {"drop_pct": 1.1, "latency_ms": 15.62},
+        "found": 9.5,
+        "others": 6.25,
+        "together": 9.75,
+    },
 }

@@ -57,6 +57,8 @@ def test_the_table_has_everything_without_javascript():
         "46.1 MB",
         "1 candidate lost",
         "screened on 64",
+        "No point of NNCF fp4: there is none <i>.",
+        "found 9.50 points·ms, references and peers 6.25; 9.75 with both",
     ):
         assert words in page.words
     assert "runs/search/7.yaml" in page.words

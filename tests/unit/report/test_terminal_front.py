@@ -64,3 +64,15 @@ def test_one_point_or_none_is_no_error():
     assert "★" in "".join(chart(printed(document)))
     document["points"] = []
     assert chart(printed(document)) == []
+
+
+def test_hypervolume_is_told_with_its_reference_and_whether_all_others_are_dominated():
+    document = search_sample.document()
+    told = " ".join(printed(document).split())
+    assert "up to 1.10 points and 15.62 ms: found 9.50 points·ms, references and peers 6.25; 9.75 with both" in told
+    document["hypervolume"]["together"] = 9.5
+    assert "every reference and peer is dominated" in " ".join(printed(document).split())
+    document["hypervolume"] = None  # nothing was measured on held-out images yet
+    document["peers_left_out"] = {"NNCF int8": "it isn't installed"}
+    assert "ypervolume" not in printed(document)
+    assert "No point of NNCF int8: it isn't installed." in printed(document)

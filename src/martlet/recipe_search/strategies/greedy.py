@@ -29,7 +29,7 @@ class Greedy(BaseSampler):
     ) -> dict[str, Any]:
         if self._parent is None or not search_space:
             return {}
-        params = dict(self._parent.params)
+        params = {name: self._parent.params[name] for name in search_space}
         changed = sorted(params)[int(self._rng.integers(len(params)))]
         others = neighbours(search_space[changed], params[changed])
         if others:

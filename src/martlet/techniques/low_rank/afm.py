@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from martlet.core.model import Model
-from martlet.core.technique import Context
+from martlet.core.technique import Choices, Context
 from martlet.functional.structure.low_rank import Factors, Moments, of_outputs
 from martlet.nn.factorization import Factorization, Site, logit_errors
 from martlet.nn.low_rank import thin_linear
@@ -49,6 +49,9 @@ class AFM(Factorization):
         "Yu et al., Unified Low-rank Compression Framework for CTR Prediction, 2024, arXiv 2405.18146"
     )
     needs_images: ClassVar[bool] = True
+
+    def space(self) -> Choices:
+        return Choices(settings={"ratio": (0.05, 0.1, 0.2)})
 
     @torch.no_grad()
     def factors(self, model: Model, found: list[Site], context: Context) -> dict[str, Factors]:

@@ -11,7 +11,7 @@ import torch
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.functional.allocation import Choice
 from martlet.functional.structure.low_rank import HeadFactors, of_heads
 from martlet.functional.structure.rank_allocation import least_loss, levels
@@ -66,6 +66,9 @@ class COMCAT(Technique):
             raise RecipeError(f"comcat: ratio is the share to remove, from 0 to less than 1, not {self.ratio}")
         if self.multiple < 1:
             raise RecipeError(f"comcat: multiple is 1 or more, not {self.multiple}")
+
+    def space(self) -> Choices:
+        return Choices(settings={"ratio": (0.125, 0.25)})
 
     def check(self, model: Model) -> None:
         pairs(view(model.module))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
-from martlet.core.technique import Context
+from martlet.core.technique import Choices, Context
 from martlet.vit.budget import SIZES, Kind, allocate, between, works
 from martlet.vit.pruning import Levels, Pruning
 from martlet.vit.repair import Cut
@@ -62,6 +62,9 @@ class ZipLM(Pruning):
         super().__post_init__()
         if "heads" in self.groups:
             raise RecipeError(f"{self.name}: groups can be qk, v and hidden; a head goes as its dimensions do")
+
+    def space(self) -> Choices:
+        return Choices(settings={"prune_ratio": (0.1, 0.2, 0.3)})
 
     def cuts(self, model: Model, vit: VitView, context: Context, total: int) -> dict[int, Cut]:
         images = First(context.calibration(self), FITTED)
