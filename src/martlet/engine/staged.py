@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -172,13 +173,21 @@ class StagedSession(Session):
     def profiles(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[list[Op]]:
         """Of each stage, as if no image left."""
         [images] = together(images)
+        inputs = self._inputs(images)
+        return [self._sessions[k][self.batch].profile(values, repeats) for k, values in enumerate(inputs)]
+
+    def alone(self, images: np.ndarray) -> list[Callable[[], object]]:
+        """For each stage, what runs it alone, on what it would be given if no image left."""
+        return [functools.partial(self._stage, k, values) for k, values in enumerate(self._inputs(images))]
+
+    def _inputs(self, images: np.ndarray) -> list[list[np.ndarray]]:
+        """What every stage is given if no image leaves."""
         check_images(images, self.batch)
-        values, ops = {IMAGES: images}, []
+        values, found = {IMAGES: images}, []
         for k, step in enumerate(self.steps):
-            inputs = [values[name] for name in step.inputs]
-            ops.append(self._sessions[k][self.batch].profile(inputs, repeats))
-            values |= zip(step.outputs, self._stage(k, inputs), strict=True)
-        return ops
+            found.append([values[name] for name in step.inputs])
+            values |= zip(step.outputs, map(np.array, self._stage(k, found[-1])), strict=True)
+        return found
 
     def _stage(self, k: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """A stage on any number of images."""

@@ -109,9 +109,10 @@ def cumulative_macs(parts: Sequence[Stage], size: tuple[int, int]) -> list[int]:
 def _cut(graph_module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node], images: Node) -> Stage:
     """The graph from some values to others."""
     graph, copies = Graph(), dict[Node, Node]()
-    names = {node: IMAGES if node is images else node.name for node in (*inputs, *outputs)}
+    # An exporter names what it makes as it likes, perhaps by the name of another node: so these look like none.
+    names = {node: IMAGES if node is images else f"value.{node.name}" for node in (*inputs, *outputs)}
     for node in inputs:
-        copies[node] = graph.placeholder(names[node])
+        copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
     wanted = _above(outputs, copies)
     for node in graph_module.graph.nodes:
