@@ -127,7 +127,11 @@ class StagedSession(Session):
 
     The batch of the first is the session's. A later stage is compiled for all powers of two up to that, and what is
     left runs in as few parts as these allow, so that no image is computed that needn't be.
+
+    leaving: False lets none leave, which is what an image can cost at most.
     """
+
+    leaving: bool = True
 
     def __init__(
         self, engine: Engine, folder: Path, batch: int, precision: str, threads: int, trust_code: bool
@@ -154,7 +158,7 @@ class StagedSession(Session):
             if k == last and result is None:
                 return [logits]
             stays = np.zeros(len(rows), bool) if k == last else (step.low <= found[1]) & (found[1] < step.high)
-            if stays.all():
+            if stays.all() or (k < last and not self.leaving):
                 continue
             if result is None:
                 result = np.empty((len(images), logits.shape[1]), np.float32)
