@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
     from martlet.data.preprocess import Preprocess
     from martlet.engine.base import Engine, Session
+    from martlet.measure.accuracy import Logits
 
 
 def compress(
@@ -217,7 +218,8 @@ def evaluate(
     file that a model, or an artifact on an engine other than its own, comes from.
 
     Returns `model`, `engine`, `precision`, `threads`, `simulated`, `images` (as in the report), `n_images`, and
-    `top1_pct` and `top5_pct`, which are None without labels.
+    `top1_pct` and `top5_pct`, which are None without labels; and `exits`: of each stage of what can stop early the
+    `share_pct` of images that left after it, its `top1_pct` and `gmacs`; else None.
 
     Raises:
         MartletError: see `martlet.core.errors`.
@@ -238,7 +240,16 @@ def evaluate(
             "n_images": len(logits),
             "top1_pct": accuracy.topk_pct(logits, found.labels, 1),
             "top5_pct": accuracy.topk_pct(logits, found.labels, 5),
+            "exits": _exits(session, found, deployed.name),
         }
+
+
+def _exits(session: Session, found: Logits, name: str) -> list[dict[str, Any]] | None:
+    """Where images left, if they could."""
+    from martlet.engine.staged import StagedSession
+    from martlet.measure import stages
+
+    return stages.shares(session, found, name) if isinstance(session, StagedSession) else None
 
 
 def bench(
@@ -251,6 +262,8 @@ def bench(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Latency at batch 1, all models interleaved, and throughput over batch sizes, each model after the other.
+
+    What can stop early runs all its stages: what an image can cost at most. `compress` times real images.
 
     engine: None is each artifact's own, and OpenVINO for a model. seed: of the input, which is noise, and of the order
     of timing. trust_code: as of `evaluate`.
@@ -271,7 +284,7 @@ def bench(
     rng = np.random.default_rng(seed)
     with ExitStack() as stack:
         all_deployed = [stack.enter_context(deploy(model, engine, trust_code, progress)) for model in models]
-        sessions = [deployed.open(1, threads) for deployed in all_deployed]
+        sessions = [deployed.open(1, threads, leaving=False) for deployed in all_deployed]
         probes = [rng.standard_normal((1, 3, *d.preprocess.size), dtype=np.float32) for d in all_deployed]
         runs = {str(i): (lambda i=i: sessions[i](probes[i])) for i in range(len(sessions))}
         times = list(latency.interleave(runs, seed=seed, progress=progress).values())  # ms, of each model
@@ -287,7 +300,7 @@ def bench(
                         None if deployed.simulated or all_deployed[0].simulated else latency.ratio(times[0], ms, seed)
                     ),
                     "throughput": latency.throughput(
-                        lambda batch, deployed=deployed: deployed.open(batch, threads),
+                        lambda batch, deployed=deployed: deployed.open(batch, threads, leaving=False),
                         deployed.preprocess.size,
                         progress,
                     ),
@@ -311,10 +324,16 @@ class Deployed:
     simulated: bool
     trust_code: bool
 
-    def open(self, batch: int, threads: int | None) -> Session:
-        return self.engine.open(
+    def open(self, batch: int, threads: int | None, leaving: bool = True) -> Session:
+        """leaving: False runs every stage of what can stop early."""
+        from martlet.engine.staged import StagedSession
+
+        session = self.engine.open(
             self.folder, batch=batch, precision=self.precision, threads=threads, trust_code=self.trust_code
         )
+        if isinstance(session, StagedSession):
+            session.leaving = leaving
+        return session
 
     def describe(self, session: Session) -> dict[str, Any]:
         return {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,19 +18,22 @@ from martlet.core.errors import EngineError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress
+from martlet.measure.pictures import class_name, thumbnail
 
 if TYPE_CHECKING:
-    import PIL.Image
     import torch
     from torch.fx import GraphModule
 
     from martlet.core.report import Coverage, Document, Example, Gate, Latency, Side, StepReport, Throughput
     from martlet.data.images import Images
     from martlet.engine.base import Engine, Session
+    from martlet.engine.staged import StagedSession
     from martlet.measure.accuracy import Logits
 
 BATCH = 8
 """Images a call when logits are compared; latency is measured at batch 1."""
+TIMED = 32
+"""Images that are timed, where it depends on the image what it costs."""
 ROUNDING = 1e-9
 """Points. A drop of 5 in 500 images is 1 point, and a float may say a little more."""
 
@@ -82,21 +84,32 @@ class Duel:
 
     def measure(self, test: Images, clock: Clock) -> Document:
         from martlet.graph.bits import bit_map
-        from martlet.measure import accuracy, fidelity, latency, layers
+        from martlet.measure import accuracy, fidelity, latency, layers, stages
 
         size = self.source.preprocess.size
         with clock("accuracy"):
             pair = {which: self.open(which, BATCH) for which in self._each("compile")}
             result = accuracy.logits(pair, test, self.source.preprocess, self.progress)
+        staged = pair["artifact"] if result.exits else None
         with clock("latency"):
             plain = [p for p in self.engine.alternatives() if p != self.source.precision]
             sessions = {which: self.open(which, 1) for which in self._each("compile", "baseline", "artifact", *plain)}
             probe = np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
-            runs = {which: (lambda session=session: session(probe)) for which, session in sessions.items()}
+            images = self._images_as_they_leave(test, result) if staged else None
+            calls = [probe] if images is None else [image[None] for image in images]
+
+            def run(session: Session) -> None:
+                for call in calls:
+                    session(call)
+
+            runs = {which: functools.partial(run, session) for which, session in sessions.items()}
             times = latency.interleave(runs, seed=self.seed, progress=self.progress)
+            times = {which: ms / len(calls) for which, ms in times.items()}  # of an image
         with clock("throughput"):
             throughputs = {
-                which: latency.throughput(lambda batch, which=which: self.open(which, batch), size, self.progress)
+                which: latency.throughput(
+                    lambda batch, which=which: self.open(which, batch), size, self.progress, images=images
+                )
                 for which in ("baseline", "artifact")
             }
         with clock("coverage"):
@@ -110,7 +123,7 @@ class Duel:
                 for which in self._each("measure memory")
             }
         simulated = self.engine.simulates(self.compressed)
-        return {
+        document: Document = {
             "martlet_report": report.VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": None,
@@ -144,6 +157,19 @@ class Duel:
             "gate": {"passed": True, "reasons": [], "judged": []},
             "seconds": {},
         }
+        if staged is not None:
+            session = cast("StagedSession", sessions["artifact"])
+            names = self.source.class_names or test.class_names
+            ms = stages.times(session, calls[0], self.seed, self.progress)
+            document["exits"] = stages.left(session, result, "artifact", ms, names, test)
+        return document
+
+    def _images_as_they_leave(self, test: Images, result: Logits) -> np.ndarray:
+        """Some test images (N, 3, H, W), of which as large a share leaves at each exit as of all."""
+        from martlet.measure import stages
+
+        chosen = stages.spread(result.exits["artifact"], TIMED)
+        return stages.pick(test, self.source.preprocess, chosen, self.seed)
 
     def _each(self, what: str, *names: str) -> Iterator[str]:
         """The names, or both sides, one after the other, saying how far it is."""
@@ -275,17 +301,17 @@ def _disagreements(result: Logits, test: Images, model: Model, most: int = 8) ->
     names = model.class_names or test.class_names
     found: list[Example] = []
     if chosen:
-        for i, (record, thumbnail) in enumerate(test.map(_thumbnail)):
+        for i, (record, picture) in enumerate(test.map(thumbnail)):
             if i in chosen:
                 found.append(
                     {
                         "image": record.name,
-                        "label": None if record.label is None else _class(names, record.label),
-                        "baseline": _class(names, first[i]),
+                        "label": None if record.label is None else class_name(names, record.label),
+                        "baseline": class_name(names, first[i]),
                         "baseline_pct": round(100 * float(baseline[i, first[i]]), 1),
-                        "artifact": _class(names, second[i]),
+                        "artifact": class_name(names, second[i]),
                         "artifact_pct": round(100 * float(artifact[i, second[i]]), 1),
-                        "jpeg_base64": thumbnail,
+                        "jpeg_base64": picture,
                     }
                 )
             if len(found) == len(chosen):
@@ -296,15 +322,3 @@ def _disagreements(result: Logits, test: Images, model: Model, most: int = 8) ->
 def _softmax(logits: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)
-
-
-def _class(names: tuple[str, ...] | None, i: int) -> str:
-    return names[i] if names and i < len(names) else str(i)
-
-
-def _thumbnail(image: PIL.Image.Image) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((160, 160))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Context, Option
 
+from martlet.cli.budget import BudgetOptions
 from martlet.cli.options import (
     ENGINE_NAMES,
     Epochs,
@@ -40,6 +41,7 @@ def compress(
     image_options: ImageOptions,
     out: Annotated[Path, Option(metavar="DIR", help="The artifact folder to write.", show_default=False)],
     model_options: ModelOptions,
+    budget: BudgetOptions,
     recipe: Annotated[
         str, Option(metavar="RECIPE", help="A shipped recipe, techniques joined by `|`, or a YAML file.")
     ] = "int8",
@@ -80,7 +82,7 @@ def compress(
         return compress(
             lambda: model_options.load(model, seed),
             images=image_options.open(seed),
-            recipe=recipe if epochs is None and minutes is None else limited(recipe, epochs, minutes),
+            recipe=budget.apply(limited(recipe, epochs, minutes), max_drop),
             engine=engine,
             out=out,
             calib=calib,

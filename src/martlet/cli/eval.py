@@ -56,6 +56,14 @@ def evaluate(
         ("Images", f"{n:,} of {document['images']['source']}"),
         ("Top-1", units.percent(document["top1_pct"], n)),
         ("Top-5", units.percent(document["top5_pct"], n)),
+        *(
+            (
+                f"Left after stage {k}",
+                f"{units.number(stage['share_pct'])} % at {units.number(stage['gmacs'])} GMACs, "
+                f"top-1 {units.percent(stage['top1_pct'], round(n * stage['share_pct'] / 100))}",
+            )
+            for k, stage in enumerate(document["exits"] or (), 1)
+        ),
     ]
     show(facts(rows))
     if document["top1_pct"] is None:

@@ -139,6 +139,35 @@ class Patches(TypedDict):
     blocks: list[BlockGroups]
 
 
+class ExitShare(TypedDict):
+    """Images that left after a stage. top1_pct: of them; None if there are none, or without labels. gmacs, latency_ms: of
+    an image that leaves there, all stages before included, by the median time of each stage."""
+
+    share_pct: float
+    top1_pct: float | None
+    gmacs: float
+    latency_ms: float
+
+
+class ExitExample(TypedDict):
+    """An image, and the stage after which it left, from 1. `jpeg_base64` is a thumbnail."""
+
+    image: str
+    label: str | None
+    artifact: str
+    stage: int
+    jpeg_base64: str
+
+
+class Exits(TypedDict):
+    """Where the test images left a model that can stop early. max_gmacs: what no image can cost more than."""
+
+    stages: list[ExitShare]
+    mean_gmacs: float
+    max_gmacs: float
+    examples: list[ExitExample]
+
+
 class Gate(TypedDict):
     """judged: what it looked at: `speed` (unless it is simulated), `size`, and `top-1` or `agreement` if asked."""
 
@@ -180,6 +209,8 @@ class Document(TypedDict):
     examples: list[Example]
     patches: NotRequired[list[Patches]]
     """What became of the patches of a few images; missing where no tokens are reduced."""
+    exits: NotRequired[Exits]
+    """Where images left, if the artifact can stop early. Its latency is then the mean over images in these shares."""
     gate: Gate
     seconds: dict[str, float]
     """Wall time of each stage of the job, and `total`."""

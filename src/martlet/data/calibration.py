@@ -18,8 +18,9 @@ HELD_BYTES = 512 << 20
 
 
 class Calibration:
-    """n images drawn without replacement; the same seed draws the same. Labels aren't used.
+    """n images drawn without replacement; the same seed draws the same.
 
+    labels: of the images, in the order in which they are yielded; None unless all have one.
     Decodes them all once, so that `num_images` counts readable ones only. Yields them shuffled where they are held,
     else in their order; float32 (B, 3, H, W), the last batch perhaps smaller.
 
@@ -46,15 +47,21 @@ class Calibration:
         shape = (len(self.images), *preprocess.size, 3)
         held = np.empty(shape, np.uint8) if np.prod(shape) <= HELD_BYTES else None
         self.num_images = 0
-        for _, crop in self.images.map(preprocess.crop):
+        labels: list[int | None] = []
+        for record, crop in self.images.map(preprocess.crop):
+            labels.append(record.label)
             if held is not None:
                 held[self.num_images] = crop
             self.num_images += 1
             progress("decode calibration images", self.num_images, len(self.images))
         if not self.num_images:
             raise DataError(f"{images.source} has no image that can be read")
+        order = np.arange(self.num_images)
         if held is not None:
-            self._held = held[np.random.default_rng(seed).permutation(self.num_images)]
+            order = np.random.default_rng(seed).permutation(self.num_images)
+            self._held = held[order]
+        known = [label for label in labels if label is not None]
+        self.labels = np.array(known)[order] if len(known) == self.num_images else None
 
     def __len__(self) -> int:
         """How many batches."""

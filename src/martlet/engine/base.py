@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -14,10 +15,36 @@ from martlet.core.errors import EngineError
 from martlet.core.technique import Int8Form
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from martlet.core.model import Model
 
 BATCH = "batch"
 """What the dynamic dimension is called in files that have names for it."""
+IMAGES, LOGITS = "images", "logits"
+"""What goes into a model and comes out of it."""
+WHOLE = "model"
+"""What the files of a model are called that is one graph."""
+
+
+class Piece(NamedTuple):
+    """What is written as one graph: a whole model, or a stage of one. All inputs have the images as first dimension.
+
+    model: which it is, or is of. examples: of two images. inputs, outputs: names.
+    """
+
+    model: Model
+    module: nn.Module
+    examples: tuple[Tensor, ...]
+    inputs: tuple[str, ...] = (IMAGES,)
+    outputs: tuple[str, ...] = (LOGITS,)
+
+
+def whole(model: Model) -> Piece:
+    """A model as one graph from images to logits."""
+    import torch
+
+    return Piece(model, model.module, (torch.zeros(2, 3, *model.preprocess.size),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +74,29 @@ class Op:
 
 
 class Session(ABC):
-    """A model compiled for one batch size on one engine."""
+    """A model, or a stage of one, compiled for one batch size on one engine.
+
+    exits: of a model that can stop early, the stage (B,) after which each image of the last call left; else None.
+    """
 
     batch: int
     threads: int
+    exits: np.ndarray | None = None
 
-    @abstractmethod
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Runs float32 (B, 3, H, W), B the session's batch, to float32 logits (B, K)."""
+        check_images(images, self.batch)
+        return np.array(self.run([images])[0], dtype=np.float32)
 
     @abstractmethod
-    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What the graph gives for what it takes. The arrays may be the engine's own, until it runs again."""
+
+    @abstractmethod
+    def profile(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[Op]:
         """What was executed, in order, read from the engine itself. Every MAC of the model is in exactly one Op.
+
+        images: float32 (B, 3, H, W), or all that the graph takes.
 
         Raises:
             EngineError: the engine's account doesn't add up to the model's MACs.
@@ -97,15 +135,18 @@ class Engine(ABC):
         """True if the model is rounded in a way that this engine has no kernels for."""
         return model.simulated or (model.rounded and not self.integer_kernels) or not model.formats <= self.formats
 
-    @abstractmethod
     def lower(self, model: Model, folder: Path) -> list[str]:
-        """Writes the engine's files for the model into the folder, for any batch size. Returns their names.
+        """Writes the engine's files for the model into the folder, for any batch size: those of each stage, if it can
+        stop early. Returns their names.
 
         Raises:
             EngineError: the engine can't take this model or its precision.
         """
+        from martlet.engine import staged
 
-    @abstractmethod
+        self.check_precision(model.precision)
+        return staged.lower(self, model, folder) or self.write(whole(model), folder, WHOLE)
+
     def open(
         self,
         folder: Path,
@@ -121,7 +162,32 @@ class Engine(ABC):
 
         Raises:
             EngineError: the files are missing or refused, or the precision isn't one of this machine's.
+            UsageError: the engine needs code that isn't trusted.
         """
+        from martlet.engine import staged
+
+        self.check_precision(precision)
+        options = precision, threads or cores(), trust_code
+        if (folder / staged.POLICY).is_file():
+            return staged.StagedSession(self, folder, batch, *options)
+        return self.sessions(folder, {WHOLE: [batch]}, *options)[WHOLE][batch]
+
+    @abstractmethod
+    def write(self, piece: Piece, folder: Path, stem: str) -> list[str]:
+        """Writes the engine's files for one graph, called by the stem. Returns their names."""
+
+    def sessions(
+        self, folder: Path, batches: Mapping[str, Sequence[int]], precision: str, threads: int, trust_code: bool
+    ) -> dict[str, dict[int, Session]]:
+        """Graphs compiled, each for the batch sizes that are asked of its stem."""
+        return {
+            stem: {batch: self.read(folder, stem, batch, precision, threads) for batch in sizes}
+            for stem, sizes in batches.items()
+        }
+
+    def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> Session:
+        """The files of one graph, compiled for one batch size."""
+        raise NotImplementedError(f"{self.name} says neither how it reads files nor which sessions it has")
 
     def check_precision(self, precision: str) -> None:
         """Raises:
@@ -155,6 +221,11 @@ def file_in(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise EngineError(f"{folder} has no {name}; compress the model again for this engine")
     return path
+
+
+def together(images: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+    """All that a graph takes, if it is the images or a list of more."""
+    return [images] if isinstance(images, np.ndarray) else [*images]
 
 
 def check_images(images: np.ndarray, batch: int) -> None:

@@ -19,18 +19,22 @@ from torch.fx import GraphModule
 
 from martlet.core.errors import EngineError
 from martlet.core.model import Model
-from martlet.engine.base import BATCH, first_line
+from martlet.engine.base import BATCH, Piece, first_line, whole
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 21
 """The first in which QuantizeLinear takes everything that is needed here, and that all engines read."""
-INPUT, OUTPUT = "images", "logits"
 
 
 def to_onnx(model: Model, path: Path) -> None:
-    """Writes one file, weights included, from `images` (batch, 3, H, W) to `logits` (batch, K), for any batch.
+    """Writes a whole model, from `images` (batch, 3, H, W) to `logits` (batch, K), as `write_onnx` does."""
+    write_onnx(whole(model), path)
+
+
+def write_onnx(piece: Piece, path: Path) -> None:
+    """Writes one file, weights included, for any batch.
 
     Nodes are named after the layer that they come from: `blocks.0.attn.qkv/MatMul`, `blocks.0.attn.scores/MatMul`.
 
@@ -43,23 +47,25 @@ def to_onnx(model: Model, path: Path) -> None:
     from martlet.nn.integer import Integer
     from martlet.nn.quantizers import onnx_translations
 
-    if any(isinstance(part, Integer) for part in model.module.modules()):
+    model, module = piece.model, piece.module
+    if any(isinstance(part, Integer) for part in module.modules()):
         raise EngineError(
             f"{model.name} computes with integers alone, which only PyTorch runs here; compress it with --engine torch"
         )
-    size = model.preprocess.size
-    module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
+    if not isinstance(module, GraphModule):
+        module = trace(module, model.preprocess.size)
     try:
         with _quiet(), torch.no_grad():
             batch = torch.export.Dim(BATCH, min=1, max=1024)
-            program = torch.export.export(_prepared(module), (torch.zeros(2, 3, *size),), dynamic_shapes=({0: batch},))
+            shapes = tuple({0: batch} for _ in piece.examples)
+            program = torch.export.export(_prepared(module), piece.examples, dynamic_shapes=shapes)
             exported = torch.onnx.export(
                 program,
                 (),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                input_names=[*piece.inputs],
+                output_names=[*piece.outputs],
                 custom_translation_table=onnx_translations(),
                 verbose=False,
             )

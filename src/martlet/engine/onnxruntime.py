@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -14,14 +14,11 @@ import numpy as np
 
 from martlet.core.errors import EngineError
 from martlet.core.technique import Int8Form
-from martlet.engine.base import BATCH, Engine, Op, Session, check_images, cores, file_in
+from martlet.engine.base import BATCH, Engine, Op, Piece, Session, file_in, together
 
 if TYPE_CHECKING:
     import onnx
 
-    from martlet.core.model import Model
-
-FILE = "model.onnx"
 PRECISIONS = {"float": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "i8", "int8": "i8"}
 MULTIPLICATIONS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 WARM_UP = 3
@@ -38,27 +35,17 @@ class ONNXRuntime(Engine):
     def version(self) -> str:
         return _onnxruntime().__version__
 
-    def lower(self, model: Model, folder: Path) -> list[str]:
-        from martlet.engine.onnx import to_onnx
+    def write(self, piece: Piece, folder: Path, stem: str) -> list[str]:
+        from martlet.engine.onnx import write_onnx
 
-        self.check_precision(model.precision)
-        to_onnx(model, folder / FILE)
-        return [FILE]
+        write_onnx(piece, folder / f"{stem}.onnx")
+        return [f"{stem}.onnx"]
 
-    def open(
-        self,
-        folder: Path,
-        *,
-        batch: int = 1,
-        precision: str = "f32",
-        threads: int | None = None,
-        trust_code: bool = False,
-    ) -> ONNXRuntimeSession:
+    def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> ONNXRuntimeSession:
         _onnxruntime()
-        self.check_precision(precision)
-        path = file_in(folder, FILE)
+        path = file_in(folder, f"{stem}.onnx")
         try:
-            return ONNXRuntimeSession(path, batch, threads or cores())
+            return ONNXRuntimeSession(path, batch, threads)
         except Exception as error:
             raise self.refuse(f"open {folder}", error) from error
 
@@ -69,20 +56,19 @@ class ONNXRuntimeSession(Session):
     def __init__(self, path: Path, batch: int, threads: int) -> None:
         self.batch, self.threads, self._path = batch, threads, path
         self._session = _compile(path, batch, threads)
-        self._input = self._session.get_inputs()[0].name
+        self._names = [each.name for each in self._session.get_inputs()]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        check_images(images, self.batch)
-        return self._session.run(None, {self._input: images})[0]
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(None, dict(zip(self._names, inputs, strict=True)))
 
-    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
+    def profile(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[Op]:
         import onnx
 
-        check_images(images, self.batch)
+        inputs = together(images)
         graph = onnx.load(self._path).graph
         with tempfile.TemporaryDirectory() as folder:
-            plain = _run(self._path, images[:1], 1, self.threads, Path(folder, "plain"), optimize=False)
-            executed = _run(self._path, images, repeats, self.threads, Path(folder, "optimized"))
+            plain = _run(self._path, [each[:1] for each in inputs], 1, self.threads, Path(folder, "plain"), optimize=False)
+            executed = _run(self._path, inputs, repeats, self.threads, Path(folder, "optimized"))
             optimized = onnx.load(Path(folder, "optimized.onnx"), load_external_data=False).graph
         outputs = {node.name: tuple(node.output) for node in optimized.node}
         products = _products(graph, plain)
@@ -156,13 +142,13 @@ def _compile(path: Path, batch: int, threads: int, profile: Path | None = None, 
 
 
 def _run(
-    path: Path, images: np.ndarray, repeats: int, threads: int, prefix: Path, optimize: bool = True
+    path: Path, inputs: list[np.ndarray], repeats: int, threads: int, prefix: Path, optimize: bool = True
 ) -> dict[str, _Kernel]:
     """What was executed, by the node's name, in order, with the mean time over the repeats."""
-    session = _compile(path, len(images), threads, prefix, optimize)
+    session = _compile(path, len(inputs[0]), threads, prefix, optimize)
     warm_up = WARM_UP if optimize else 0
     for _ in range(warm_up + repeats):
-        session.run(None, {session.get_inputs()[0].name: images})
+        session.run(None, {each.name: value for each, value in zip(session.get_inputs(), inputs, strict=True)})
     events: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -15,14 +15,11 @@ import numpy as np
 from martlet.core.errors import EngineError
 from martlet.core.report import cpu_flags
 from martlet.core.technique import Int8Form
-from martlet.engine.base import Engine, Op, Session, check_images, cores, file_in
+from martlet.engine.base import Engine, Op, Piece, Session, file_in, together
 
 if TYPE_CHECKING:
     import openvino as ov
 
-    from martlet.core.model import Model
-
-XML, BIN = "model.xml", "model.bin"
 CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 KERNEL_PRECISIONS = {"i8": "i8", "u8": "i8", "bf16": "bf16", "f16": "f16", "f32": "f32", "i32": "i32"}
 WARM_UP = 3
@@ -46,50 +43,40 @@ class OpenVINO(Engine):
         emulated = {"bf16"} if "avx512f" in flags and "avx512_bf16" not in flags else set()
         return tuple(p for p in self.precisions if CAPABILITY[p] in capabilities and p not in emulated)
 
-    def lower(self, model: Model, folder: Path) -> list[str]:
-        from martlet.engine.onnx import to_onnx
+    def write(self, piece: Piece, folder: Path, stem: str) -> list[str]:
+        from martlet.engine.onnx import write_onnx
         from martlet.nn.quantizers import ActivationQuantizer
 
         ov = _openvino()
-        self.check_precision(model.precision)
-        if any(isinstance(part, ActivationQuantizer) and part.format for part in model.module.modules()):
+        if any(isinstance(part, ActivationQuantizer) and part.format for part in piece.module.modules()):
             raise EngineError(
-                f"{model.name} rounds activations to 8-bit floats, which openvino leaves out; compress it with "
+                f"{piece.model.name} rounds activations to 8-bit floats, which openvino leaves out; compress it with "
                 "--engine onnxruntime or torch, which simulate it"
             )
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
-            to_onnx(model, path)
+            write_onnx(piece, path)
             try:
                 read = _core().read_model(path)
                 _restore_normal_floats_(read)
-                ov.save_model(read, folder / XML, compress_to_fp16=False)
+                ov.save_model(read, folder / f"{stem}.xml", compress_to_fp16=False)
             except RuntimeError as error:
-                raise self.refuse(f"read {model.name}", error) from error
-        return [XML, BIN]
+                raise self.refuse(f"read {piece.model.name}", error) from error
+        return [f"{stem}.xml", f"{stem}.bin"]
 
-    def open(
-        self,
-        folder: Path,
-        *,
-        batch: int = 1,
-        precision: str = "f32",
-        threads: int | None = None,
-        trust_code: bool = False,
-    ) -> OpenVINOSession:
-        self.check_precision(precision)
-        path = file_in(folder, XML)
-        file_in(folder, BIN)
+    def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> OpenVINOSession:
+        path = file_in(folder, f"{stem}.xml")
+        file_in(folder, f"{stem}.bin")
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads or cores(),
+            "INFERENCE_NUM_THREADS": threads,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",  # else the inputs of 4-bit weights are rounded to int8 as they come
         }
         core = _core()
         try:
             model = core.read_model(path)
-            model.reshape([batch, *list(model.inputs[0].get_partial_shape())[1:]])
+            model.reshape({i: [batch, *list(each.get_partial_shape())[1:]] for i, each in enumerate(model.inputs)})
             return OpenVINOSession(core, model, config)
         except RuntimeError as error:
             raise self.refuse(f"open {folder}", error) from error
@@ -105,15 +92,13 @@ class OpenVINOSession(Session):
         self.threads = compiled.get_property("INFERENCE_NUM_THREADS")
         self._request = compiled.create_infer_request()
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        check_images(images, self.batch)
-        self._request.infer([images], share_inputs=True)
-        return np.array(self._request.get_output_tensor(0).data, dtype=np.float32)
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self._request.infer(inputs, share_inputs=True)
+        return [tensor.data for tensor in self._request.output_tensors]
 
-    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
-        check_images(images, self.batch)
+    def profile(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[Op]:
         compiled = self._compile(PERF_COUNT=True)  # apart, so that counting doesn't slow the session
-        microseconds = _times(compiled.create_infer_request(), images, repeats)
+        microseconds = _times(compiled.create_infer_request(), together(images), repeats)
         products = _products(self._model, self.batch)
         nodes = [_Node.read(op) for op in compiled.get_runtime_model().get_ordered_ops()]
         executed = _executed(products, nodes)
@@ -199,11 +184,11 @@ def _core() -> Any:
     return _openvino().Core()
 
 
-def _times(request: ov.InferRequest, images: np.ndarray, repeats: int) -> dict[str, float]:
+def _times(request: ov.InferRequest, inputs: list[np.ndarray], repeats: int) -> dict[str, float]:
     """Mean microseconds of each executed node, by its name."""
     total: defaultdict[str, float] = defaultdict(float)
     for i in range(WARM_UP + repeats):
-        request.infer([images], share_inputs=True)
+        request.infer(inputs, share_inputs=True)
         if i >= WARM_UP:
             for node in request.get_profiling_info():
                 total[node.node_name] += node.real_time.total_seconds() * 1e6 / repeats

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from martlet.engine.base import Engine, Op, Session, check_images, cores
+from martlet.engine.base import WHOLE, Engine, Op, Piece, Session, together
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -36,58 +36,62 @@ class Torch(Engine):
     def version(self) -> str:
         return torch.__version__
 
-    def lower(self, model: Model, folder: Path) -> list[str]:
-        self.check_precision(model.precision)
+    def write(self, piece: Piece, folder: Path, stem: str) -> list[str]:
         return []
 
-    def open(
-        self,
-        folder: Path,
-        *,
-        batch: int = 1,
-        precision: str = "f32",
-        threads: int | None = None,
-        trust_code: bool = False,
-    ) -> TorchSession:
+    def sessions(
+        self, folder: Path, batches: Mapping[str, Sequence[int]], precision: str, threads: int, trust_code: bool
+    ) -> dict[str, dict[int, Session]]:
         """Raises:
-        EngineError: the precision isn't one of torch's.
         UsageError: the folder is no artifact; or the model came from a Python file, and it isn't trusted.
         """
         from martlet.core import store
+        from martlet.graph.stages import stages
 
-        self.check_precision(precision)
-        return TorchSession(store.load(folder).model(trust_code=trust_code), batch, precision, threads or cores())
+        model = store.load(folder).model(trust_code=trust_code)
+        modules = [model.module]
+        if [*batches] != [WHOLE]:
+            modules = [stage.module for stage in stages(_traced(model.module, model.preprocess.size))]
+        return {
+            stem: {batch: TorchSession(model, batch, precision, threads, module) for batch in sizes}
+            for (stem, sizes), module in zip(batches.items(), modules, strict=False)  # none of those past a cap
+        }
 
 
 class TorchSession(Session):
-    """The model in inference mode, in one floating-point type."""
+    """The model in inference mode, in one floating-point type.
 
-    def __init__(self, model: Model, batch: int, precision: str, threads: int) -> None:
+    module: the stage of the model, if not all of it.
+    """
+
+    def __init__(
+        self, model: Model, batch: int, precision: str, threads: int, module: nn.Module | None = None
+    ) -> None:
         self.batch, self.threads = batch, threads
         self._size, self._dtype = model.preprocess.size, DTYPES[precision]
-        self._module = model.module if isinstance(model.module, GraphModule) else model.module.eval()
-        self._module.to(self._dtype)
+        module = module or model.module
+        self._module = (module if isinstance(module, GraphModule) else module.eval()).to(self._dtype)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        check_images(images, self.batch)
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         with _threads(self.threads), torch.inference_mode():
-            return self._module(torch.from_numpy(images).to(self._dtype)).float().numpy()
+            found = self._module(*(torch.from_numpy(each).to(self._dtype) for each in inputs))
+        return [each.float().numpy() for each in (found if isinstance(found, tuple) else [found])]
 
-    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
+    def profile(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[Op]:
         """Runs the traced graph node by node. Fused attention is written out, and simulated rounding counts as what it
         is: floating point."""
         from martlet.graph.sites import sites
         from martlet.measure.macs import macs_by_node
 
-        check_images(images, self.batch)
-        graph_module = _traced(self._module, self._size, self._dtype)
-        batch = torch.from_numpy(images).to(self._dtype)
+        module = self._module
+        graph_module = module if isinstance(module, GraphModule) else _traced(module, self._size).to(self._dtype)
+        inputs = [torch.from_numpy(each).to(self._dtype) for each in together(images)]
         with _threads(self.threads), torch.inference_mode():
             for _ in range(WARM_UP):
-                _Timed(graph_module).run(batch)
+                _Timed(graph_module).run(*inputs)
             timed = _Timed(graph_module)
             for _ in range(repeats):
-                timed.run(batch)
+                timed.run(*inputs)
         names = {site.node: site.name for site in sites(graph_module)}
         macs = macs_by_node(graph_module, timed.shapes)
         return [
@@ -121,13 +125,11 @@ class _Timed(Interpreter):
         return value
 
 
-def _traced(module: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> GraphModule:
-    """The graph of a module that is already in `dtype`; tracing takes float32."""
+def _traced(module: nn.Module, size: tuple[int, int]) -> GraphModule:
+    """The graph of a module, in float32, which is what tracing takes."""
     from martlet.graph.trace import trace
 
-    if isinstance(module, GraphModule):
-        return module
-    return trace(copy.deepcopy(module).float(), size).to(dtype)
+    return module if isinstance(module, GraphModule) else trace(copy.deepcopy(module).float(), size)
 
 
 @contextlib.contextmanager

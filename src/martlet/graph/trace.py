@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class Walk(Interpreter):
 
 def example_values(graph_module: GraphModule, size: tuple[int, int], batch: int = 1) -> dict[Node, torch.Size]:
     """The shape of every tensor of the graph at one batch size."""
+    return shapes_of(graph_module, [torch.zeros(batch, 3, *size)])[0]
+
+
+def shapes_of(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> tuple[dict[Node, torch.Size], Any]:
+    """The shape of every tensor of the graph for some inputs, and what it gives."""
     shapes: dict[Node, torch.Size] = {}
 
     class Shapes(Walk):
@@ -78,8 +84,8 @@ def example_values(graph_module: GraphModule, size: tuple[int, int], batch: int 
             return value
 
     with torch.no_grad():
-        Shapes(graph_module).run(torch.zeros(batch, 3, *size))
-    return shapes
+        result = Shapes(graph_module).run(*inputs)
+    return shapes, result
 
 
 def simplify_(graph_module: GraphModule) -> None:

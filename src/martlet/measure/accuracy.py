@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Logits:
-    """values: float32 (images, K) of each session. labels: None where unknown. names: of the images."""
+    """values: float32 (images, K) of each session. labels: None where unknown. names: of the images.
+
+    exits: of sessions that can stop early, the stage (images,) after which each image left.
+    """
 
     values: dict[str, np.ndarray]
     labels: list[int | None]
     names: list[str]
+    exits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def logits(
@@ -43,6 +48,7 @@ def logits(
         raise UsageError(f"sessions that are compared need one batch size, not {sorted(sizes)}")
     [batch_size] = sizes
     parts: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
+    exits: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     labels: list[int | None] = []
     names: list[str] = []
     for batch, batch_labels, batch_names in batches(images, preprocess, batch_size):
@@ -55,12 +61,15 @@ def logits(
             if bad.size:
                 raise NumericsError(f"{name} gives NaN or infinity, first for the image {batch_names[bad[0]]}")
             parts[name].append(values)
+            if session.exits is not None:
+                exits[name].append(session.exits[:n])
         labels += batch_labels
         names += batch_names
         progress("run images", len(names), max(len(images), len(names)))
     if not names:
         raise DataError(f"{images.source} has no image that can be read")
-    return Logits({name: np.concatenate(values) for name, values in parts.items()}, labels, names)
+    values, left = ({name: np.concatenate(its) for name, its in each.items()} for each in (parts, exits))
+    return Logits(values, labels, names, left)
 
 
 def topk_pct(logits: np.ndarray, labels: Sequence[int | None], k: int) -> float | None:

@@ -1,0 +1,164 @@
+"""Cuts the graph of a model that can stop early into stages, one an exit and the last, each a graph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from martlet.graph.trace import shapes_of
+from martlet.measure.macs import macs_by_node
+from martlet.nn.exits import LEAVE
+
+IMAGES = "images"
+aten = torch.ops.aten
+
+
+class Leave(NamedTuple):
+    """An exit of a graph. window: the qualified name of its tensor."""
+
+    node: Node
+    logits: Node
+    confidence: Node
+    window: str
+
+
+class Stage(NamedTuple):
+    """A part of a model, from some values to others, all with the images as their first dimension.
+
+    module: takes `inputs` and gives a tuple of `outputs`: the logits, the confidence unless it is the last stage, and
+    what later stages need. Values go by one name in all stages; what the model is given is called `images`.
+    """
+
+    module: GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def leaves(graph_module: GraphModule) -> list[Leave]:
+    """The exits in the order in which an image comes to them; none if the graph doesn't end in one."""
+    found: list[Leave] = []
+    node = _result(graph_module)
+    while node.target is LEAVE:
+        logits, confidence, later, window = node.args
+        assert isinstance(logits, Node) and isinstance(confidence, Node)
+        assert isinstance(later, Node) and isinstance(window, Node)
+        found.append(Leave(node, logits, confidence, str(window.target)))
+        node = later
+    return found
+
+
+def window(graph_module: GraphModule, exit_: Leave) -> Tensor:
+    """The exit's window (2,), in the memory of the graph."""
+    owner, _, leaf = exit_.window.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), leaf)
+
+
+def stages(graph_module: GraphModule) -> list[Stage]:
+    """The stages: stage k is what exit k needs and no earlier one has computed; the last is what is left.
+
+    What follows from no image, such as rounded weights, is in every stage that needs it.
+    """
+    exits = leaves(graph_module)
+    last = exits[-1].node.args[2] if exits else _result(graph_module)
+    assert isinstance(last, Node)
+    ends: list[tuple[Node, ...]] = [*((each.logits, each.confidence) for each in exits), (last,)]
+    varies = _varying(graph_module)
+    [images] = graph_module.graph.find_nodes(op="placeholder")
+    made_in = {images: -1}  # the stage that computes a value
+    for k, nodes in enumerate(ends):
+        made_in |= dict.fromkeys(_above(nodes, made_in) & varies, k)
+    needs: list[set[Node]] = [set() for _ in ends]  # of earlier stages
+    for node, k in made_in.items():
+        needs[max(k, 0)].update(source for source in _sources(node) if source in varies and made_in[source] < k)
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    found = []
+    for k, nodes in enumerate(ends):
+        later = set[Node]().union(*needs[k + 1 :]) - set(nodes)
+        crossing = sorted((node for node in later if made_in[node] == k), key=order.__getitem__)
+        inputs = sorted(needs[k], key=order.__getitem__)
+        found.append(_cut(graph_module, inputs, [*nodes, *crossing], images))
+    return found
+
+
+def run(parts: Sequence[Stage], images: Tensor) -> list[dict[str, Tensor]]:
+    """Every stage on all images: what each gives, by name, in order: logits, confidence, more."""
+    values, found = {IMAGES: images}, []
+    for part in parts:
+        given = dict(zip(part.outputs, part.module(*(values[name] for name in part.inputs)), strict=True))
+        values |= given
+        found.append(given)
+    return found
+
+
+def cumulative_macs(parts: Sequence[Stage], size: tuple[int, int]) -> list[int]:
+    """MACs of one image of (H, W) up to the end of each stage."""
+    total, found = 0, []
+    values = {IMAGES: torch.zeros(1, 3, *size)}
+    for part in parts:
+        shapes, given = shapes_of(part.module, [values[name] for name in part.inputs])
+        values |= zip(part.outputs, given, strict=True)
+        total += sum(node.macs for node in macs_by_node(part.module, shapes).values())
+        found.append(total)
+    return found
+
+
+def _cut(graph_module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node], images: Node) -> Stage:
+    """The graph from some values to others."""
+    graph, copies = Graph(), dict[Node, Node]()
+    # An exporter names what it makes as it likes, perhaps by the name of another node: so these look like none.
+    names = {node: IMAGES if node is images else f"value.{node.name}" for node in (*inputs, *outputs)}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    wanted = _above(outputs, copies)
+    for node in graph_module.graph.nodes:
+        if node in wanted and _counts_images(node):
+            copies[node] = graph.call_function(aten.sym_size.int, (copies[inputs[0]], 0))
+            copies[node].meta = dict(node.meta)
+        elif node in wanted:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return Stage(
+        GraphModule(graph_module, graph), tuple(names[node] for node in inputs), tuple(names[node] for node in outputs)
+    )
+
+
+def _result(graph_module: GraphModule) -> Node:
+    result = graph_module.graph.output_node().args[0]
+    while isinstance(result, tuple | list):
+        [result] = result
+    assert isinstance(result, Node)
+    return result
+
+
+def _varying(graph_module: GraphModule) -> set[Node]:
+    """What depends on the images, and not on their number alone."""
+    varies = set[Node]()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or not varies.isdisjoint(_sources(node)):
+            varies.add(node)
+    return varies
+
+
+def _above(ends: Iterable[Node], known: Collection[Node]) -> set[Node]:
+    """All that the ends follow from, themselves included, down to what is known."""
+    found, work = set[Node](), list(ends)
+    while work:
+        node = work.pop()
+        if node not in found and node not in known:
+            found.add(node)
+            work += _sources(node)
+    return found
+
+
+def _sources(node: Node) -> list[Node]:
+    return [] if _counts_images(node) else node.all_input_nodes
+
+
+def _counts_images(node: Node) -> bool:
+    """The number of images, whichever tensor it was read from."""
+    return node.target is aten.sym_size.int and node.args[1] == 0 and node.args[0].op == "placeholder"  # type: ignore[union-attr]

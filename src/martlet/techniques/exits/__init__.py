@@ -1,0 +1,1 @@
+"""Stop early: exits, cascades, and which images take them."""
