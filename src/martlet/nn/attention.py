@@ -35,6 +35,11 @@ class RelativePosition(nn.Module):
         self.table[self.index] = bias.flatten(1).mT.to(self.table)
 
 
+def _mixed(mix: Tensor, x: Tensor) -> Tensor:
+    """Of each head the sum over all with the weights in its row of mix (H, H); x (B, H, N, N)."""
+    return (mix @ x.flatten(2)).unflatten(-1, x.shape[2:])
+
+
 class Slots(nn.Module):
     """K weighted sums of N keys, and of N values, over the tokens of an image; and what is added to each sum's scores.
 
@@ -82,6 +87,7 @@ class ShapedAttention(nn.Module):
         window: (h, w), if there is a relative position bias.
         slots: (N, K), if queries see K weighted sums of the N keys and values in their place (Linformer); the weights
             are the same for all heads. Only for so many tokens, and without window.
+        mixed: heads are mixed, before the softmax and after it, each by a matrix (H, H) that begins as the identity.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class ShapedAttention(nn.Module):
         norm: nn.Module | None = None,
         window: tuple[int, int] | None = None,
         slots: tuple[int, int] | None = None,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
@@ -104,6 +111,7 @@ class ShapedAttention(nn.Module):
         self.q_norm, self.k_norm, self.norm = (each or nn.Identity() for each in (query_norm, key_norm, norm))
         self.position = RelativePosition(window, num_heads) if window else None
         self.slots = Slots(*slots) if slots else None
+        self.mix = nn.ParameterList(torch.eye(num_heads) for _ in range(2)) if mixed else None
         self.proj = nn.Linear(num_heads * v_dim, dim)
 
     @property
@@ -132,5 +140,9 @@ class ShapedAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.slots is not None:
             (k, v), mask = self.slots(k, v), self.slots.bias[None, None, None]  # (1, 1, 1, K)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        if self.mix is None:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        else:
+            scores = _mixed(self.mix[0], self.scale * q @ k.mT)  # (B, H, N, N)
+            out = _mixed(self.mix[1], (scores if mask is None else scores + mask).softmax(-1)) @ v
         return self.proj(self.norm(out.transpose(1, 2).flatten(2)))  # (B, N, H E) -> (B, N, C)
