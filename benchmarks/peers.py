@@ -421,8 +421,8 @@ def _told(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {first_line(error)}")
 
 
-def _images(assets: Path, name: str) -> Path:
-    return assets / "data" / name / "test.parquet"
+def _images(assets: Path, name: str, part: str = "test") -> Path:
+    return assets / "data" / name / f"{part}.parquet"
 
 
 def _headline(model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -2,12 +2,16 @@
 
     python benchmarks/prune.py                                    # accuracy of every entry: an hour on a quiet core
     python benchmarks/prune.py --entries ziplm magnitude --ratios 0.4
+    python benchmarks/prune.py --entries "ziplm, distill" --ratios 0.2    # ten minutes of training; quiet machine
+    python benchmarks/prune.py --parts accuracy attention         # comcat and svd at half of attention's parameters
     python benchmarks/prune.py --parts latency                    # OpenVINO, interleaved; needs a quiet machine
     python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for nvit's latency_table
 
 Writes one JSON file, entry after entry; started again with the same settings, it goes on where it stopped. All entries
 get the same calibration images and are tested on the same others. Torch-Pruning also gets the labels. Its ratio of
-channels is searched until as many MACs are gone, counted as ours are: attention's products included.
+channels is searched until as many MACs are gone, counted as ours are: attention's products included. So is comcat's, of
+attention's parameters. What ours leave is kept in --work as artifacts, which int8, training and timing start from. int8
+is tested on OpenVINO. Training is by the logits of the whole model, on the calibration images and on as many others.
 """
 
 from __future__ import annotations
@@ -24,46 +28,29 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, show, table, working
-from martlet.core import pipeline, registry, report
-from martlet.core.errors import MartletError, UsageError
+from martlet.core import pipeline, registry, report, store
+from martlet.core.errors import MartletError, RecipeError, UsageError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Progress
+from martlet.core.technique import Context, Progress, Technique
 from martlet.engine.base import cores
 from martlet.measure import latency
 from martlet.vit.budget import total_macs
 from martlet.vit.latency_law import fit_law
 from martlet.vit.structure import BlockShape, restore_structure_
 from martlet.vit.view import view
+from prune_ways import ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
 
 MODEL, WEIGHTS = "timm:vit_tiny_patch16_224", "vit_tiny_patch16_224.in1k.safetensors"
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ziplm": ("ziplm", {}),
-    "taylor": ("taylor", {}),
-    "magnitude": ("magnitude", {}),
-    "taylor, no repair": ("taylor", {"repair": False}),
-    "magnitude, no repair": ("magnitude", {"repair": False}),
-}
-THEIRS: dict[str, dict[str, Any]] = {
-    f"Torch-Pruning {score}, {scope}{', bottleneck' if bottleneck else ''}": {
-        "score": score,
-        "global": scope != "local",
-        "isomorphic": scope == "isomorphic",
-        "bottleneck": bottleneck,
-    }
-    for score in ("magnitude", "taylor")
-    for scope in ("local", "global", "isomorphic")
-    for bottleneck in (True, False)
-}
-"""Its criteria for vision transformers: compared in a layer, in all layers, or in layers of one kind; with the width of
-the residual stream left as it is (bottleneck), or cut too."""
-ENTRIES = (*OURS, *THEIRS)
 RATIOS = (0.2, 0.4)
+PARTS = ("accuracy", "attention", "latency", "table")
 ENGINE = "openvino"
 BLOCKS = tuple(
     BlockShape(heads, qk, v, hidden)
@@ -81,8 +68,12 @@ BLOCKS = tuple(
     )
 )
 """Sizes of a ViT-Ti's blocks and smaller ones."""
-TIMED = ("ziplm",)
-"""Entries of which speed is asked, each also followed by int8."""
+TIMED = ("ziplm", "afm", "comcat")
+"""Entries of which speed is asked, each also followed by int8; those that can't be at a ratio are left out."""
+OTHERS, OTHER_IMAGES = "tiny-imagenet-200", 650
+"""Images without labels that training sees besides those that calibrate."""
+DISTILL: dict[str, Any] = {"epochs": 1000.0, "batch": 50, "rate": 2e-4}
+BATCH = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +93,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         document = peers.open_document(options.out, settings, "prune", "entries")
         document["torch_pruning"] = importlib.metadata.version("torch-pruning")
-        bench = None
+        bench: Bench | None = None
+
+        def ready(progress: Progress) -> Bench:
+            nonlocal bench
+            bench = bench or Bench(options.assets, options.work, settings, progress)
+            document["base_top1_pct"], document["n"] = bench.base_top1_pct, len(bench.test)
+            return bench
+
         for ratio in options.ratios:
             for name in options.entries if "accuracy" in options.parts else ():
                 if any((e["name"], e["prune_ratio"]) == (name, ratio) for e in document["entries"]):
                     note(f"{name} at {ratio} is in {options.out} already")
                     continue
                 with working(f"{name} at {ratio}") as progress:
-                    bench = bench or Bench(options.assets, settings, progress)
-                    document["base_top1_pct"], document["n"] = bench.base_top1_pct, len(bench.test)
-                    entry = bench.entry(name, ratio, progress)
+                    entry = ready(progress).entry(name, ratio, options.minutes, progress)
                 document["entries"].append(entry)
                 peers.write(options.out, document)
+        if "attention" in options.parts:
+            with working("attention") as progress:
+                document["attention"] = ready(progress).attention(progress)
+            peers.write(options.out, document)
         if "latency" in options.parts:
             with working("latency") as progress:
-                bench = bench or Bench(options.assets, settings, progress)
-                document["latency"] = timed(bench, options.seconds, progress)
+                document["latency"] = timed(ready(progress), options.ratios, options.seconds, progress)
             peers.write(options.out, document)
         if "table" in options.parts:
             with working("table") as progress:
-                bench = bench or Bench(options.assets, settings, progress)
-                peers.write(options.table, block_table(bench, options.seconds, progress))
+                peers.write(options.table, block_table(ready(progress), options.seconds, progress))
     except MartletError as error:
         note(str(error))
         return error.exit_status
@@ -131,68 +129,131 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Bench:
-    """The model, the images that calibrate, and those that test."""
+    """The model, the images that calibrate, and those that test. work: where pruned models are kept."""
 
-    def __init__(self, assets: Path, settings: Settings, progress: Progress) -> None:
+    def __init__(self, assets: Path, work: Path, settings: Settings, progress: Progress) -> None:
         from martlet.data import open_images
         from martlet.data.calibration import Calibration
         from martlet.source import load_model
 
-        self.settings = settings
+        self.assets, self.work, self.settings = assets, work, settings
         self.model = load_model(settings.model, weights=assets / "weights" / settings.weights, seed=settings.seed)
-        pool = open_images(peers._images(assets, peers.VALIDATION))
+        self.pool = open_images(peers._images(assets, peers.VALIDATION))
         self.calibration = Calibration(
-            pool,
+            self.pool,
             self.model.preprocess,
             n=settings.calibration_images,
             batch_size=25,
             seed=settings.seed,
             progress=progress,
         )
-        self.labelled = peers.cropped(pool, self.model.preprocess)
+        self.labelled = peers.cropped(self.pool, self.model.preprocess)
         self.test = peers.cropped(open_images(peers._images(assets, peers.SAMPLE)), self.model.preprocess)
         self.macs = total_macs(self.model)
         self.base_top1_pct = self.top1_pct(self.model)
 
-    def entry(self, name: str, prune_ratio: float, progress: Progress) -> dict[str, Any]:
-        """Prunes and tests. A library that fails is an entry that says how."""
+    def entry(self, name: str, prune_ratio: float, minutes: float, progress: Progress) -> dict[str, Any]:
+        """Prunes and tests. What can't be is an entry that says why."""
         start = time.process_time()
-        fixed = {"name": name, "prune_ratio": prune_ratio}
-        if name in OURS:
-            found = self.ours(name, prune_ratio, progress)
-        else:
-            try:
-                found = self.theirs(name, prune_ratio)
-            except (RuntimeError, ValueError, ZeroDivisionError, IndexError) as error:
-                return fixed | {"failed": peers._told(error)}
+        fixed, more = {"name": name, "prune_ratio": prune_ratio}, {}
+        try:
+            found = self.smaller(name, prune_ratio, progress)
+            top1_pct = None
+            if (then := OURS[name].then if name in OURS else "") == "int8":
+                top1_pct = self.int8_top1_pct(found, progress)
+            elif then == "distill":
+                found, more = self.trained(found, minutes, progress)
+        except (MartletError, RuntimeError, ValueError, ZeroDivisionError, IndexError) as error:
+            return fixed | {"failed": peers._told(error)}
         return fixed | {
             "macs_removed_ratio": 1 - total_macs(found) / self.macs,
             "parameters": sum(p.numel() for p in found.module.parameters()),
-            "top1_pct": self.top1_pct(found),
+            "top1_pct": self.top1_pct(found) if top1_pct is None else top1_pct,
             "cpu_seconds": round(time.process_time() - start, 1),
+            **more,
         }
 
-    def ours(self, name: str, prune_ratio: float, progress: Progress) -> Model:
-        technique, settings = OURS[name]
-        recipe = Recipe((registry.technique(technique).from_settings({"prune_ratio": prune_ratio, **settings}),))
-        context = Context(images=self.calibration, seed=self.settings.seed, progress=progress)
-        return pipeline.run(self.model, recipe, context)
+    def smaller(self, name: str, prune_ratio: float, progress: Progress) -> Model:
+        """The model without such a share of its MACs."""
+        if name in THEIRS:
+            return self.least(
+                lambda ratio: replace(
+                    self.model, module=torch_pruning(self.model, THEIRS[name], ratio, self.gradients)
+                ),
+                prune_ratio,
+            )
+        if name == PER_MATRIX:
+            return self.least(lambda ratio: per_matrix(self.model, ratio), prune_ratio)
+        ours = OURS[name]
+        its = replace(ours, then="")
+        kept = self.work / f"{next(key for key, value in OURS.items() if value == its)} {prune_ratio}"
+        if not (kept / store.MANIFEST).is_file():
+            if ours.of == "attention":
+                done = self.least(lambda ratio: self.run(ours.at(ratio), progress), prune_ratio)
+            else:
+                done = self.run(ours.at(ours.share(self.model, prune_ratio, self.macs)), progress)
+            torch = engines.get("torch")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with store.writing(kept, overwrite=True) as folder:
+                store.seal(folder, done, "torch", store.write_model(folder, done, torch))
+        return store.load(kept).model()
 
-    def theirs(self, name: str, prune_ratio: float) -> Model:
-        """The least ratio of channels, to 1 in 200, that removes so many MACs."""
+    def run(self, technique: Technique, progress: Progress) -> Model:
+        context = Context(images=self.calibration, seed=self.settings.seed, progress=progress)
+        return pipeline.run(self.model, Recipe((technique,)), context)
+
+    def least(self, at: Callable[[float], Model], prune_ratio: float) -> Model:
+        """At the least ratio of its own, to 1 in 200, that removes so many MACs."""
         low, high, found = 0.0, 1.0, None
         while high - low > 1 / 200:
             middle = (low + high) / 2
-            pruned = replace(self.model, module=torch_pruning(self.model, THEIRS[name], middle, self._gradients))
+            try:
+                pruned = at(middle)
+            except RecipeError:  # so much can't go
+                high = middle
+                continue
             if total_macs(pruned) > (1 - prune_ratio) * self.macs:
                 low = middle
             else:
                 high, found = middle, pruned
         if found is None:
-            raise UsageError(f"{name} can't remove {prune_ratio:.0%} of the MACs")
+            raise UsageError(f"no ratio removes {prune_ratio:.0%} of the MACs")
         return found
 
-    def _gradients(self, score: str) -> dict[str, Any]:
+    def attention(self, progress: Progress) -> list[dict[str, Any]]:
+        """Without half of attention's parameters, by head and by matrix."""
+        comcat = registry.technique("comcat").from_settings({"ratio": 0.5})
+        found = {"comcat": self.run(comcat, progress), PER_MATRIX: per_matrix(self.model, 0.5)}
+        whole = sum(p.numel() for p in self.model.module.parameters())
+        return [
+            {
+                "name": name,
+                "parameters_removed": whole - sum(p.numel() for p in model.module.parameters()),
+                "macs_removed_ratio": 1 - total_macs(model) / self.macs,
+                "top1_pct": self.top1_pct(model),
+            }
+            for name, model in found.items()
+        ]
+
+    def trained(self, model: Model, minutes: float, progress: Progress) -> tuple[Model, dict[str, Any]]:
+        """The model after so long a training by the whole one's logits, and what there is to tell of it."""
+        import torch
+
+        from martlet.data import open_images
+        from martlet.data.examples import Examples
+
+        others = open_images(peers._images(self.assets, OTHERS, "train")).sample(OTHER_IMAGES, self.settings.seed)
+        parts = []
+        for images in (self.pool, others):
+            parts.append(Examples.read(images, model.preprocess, 1000, progress))
+        examples = Examples(torch.cat([part.pixels for part in parts]), None, model.preprocess, "both")
+        technique = registry.technique("distill").from_settings(DISTILL | {"minutes": minutes})
+        context = Context(training=examples, teacher=self.model, seed=self.settings.seed, progress=progress)
+        done = pipeline.run(model, Recipe((technique,)), context)
+        steps = done.steps[-1].record["steps"]
+        return done, {"training": {"minutes": minutes, "steps": steps, "images": len(examples), **DISTILL}}
+
+    def gradients(self, score: str) -> dict[str, Any]:
         """Of the cross entropy with the labels, over all calibration images; computed once."""
         if not hasattr(self, "_found"):
             import torch
@@ -210,80 +271,50 @@ class Bench:
     def top1_pct(self, model: Model) -> float:
         import torch
 
+        with torch.inference_mode():
+            return self._top1_pct(lambda images: model.module(torch.from_numpy(images)).numpy())
+
+    def int8_top1_pct(self, model: Model, progress: Progress) -> float:
+        """Of the model in int8, on the engine."""
+        engine = engines.get(ENGINE)
+        done = pipeline.run(model, Recipe.load("int8"), self.for_engine(progress))
+        with tempfile.TemporaryDirectory() as name:
+            engine.lower(done, Path(name))
+            return self._top1_pct(engine.open(Path(name), batch=BATCH, precision=done.precision, threads=cores()))
+
+    def for_engine(self, progress: Progress) -> Context:
+        engine = engines.get(ENGINE)
+        return Context(
+            images=self.calibration,
+            seed=self.settings.seed,
+            int8=engine.int8,
+            precisions=engine.alternatives(),
+            progress=progress,
+        )
+
+    def _top1_pct(self, run: Callable[[np.ndarray], np.ndarray]) -> float:
         from martlet.data.batches import batches
 
-        right, crop = 0, model.preprocess.override({"resize": None})
-        with torch.inference_mode():
-            for images, labels, _ in batches(self.test, crop, 50):
-                right += int((model.module(torch.from_numpy(images)).argmax(1) == torch.tensor(labels)).sum())
+        right, crop = 0, self.model.preprocess.override({"resize": None})
+        for images, labels, _ in batches(self.test, crop, BATCH):
+            right += int((run(images).argmax(1) == np.array(labels)).sum())
         return 100 * right / len(self.test)
 
 
-def torch_pruning(
-    model: Model, how: dict[str, Any], pruning_ratio: float, gradients: Callable[[str], dict[str, Any]]
-) -> Any:
-    """As its documentation prunes a vision transformer of timm: dimensions of heads, hidden units, and the width."""
-    import torch
-    import torch_pruning as tp
-    from timm.layers import Attention, Mlp
-
-    module: Any = model.copy().module.eval().requires_grad_(True)
-    kept, heads = [module.head], {}
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.fused_attn = False  # type: ignore[misc] # so that its trace sees the products
-            heads[part.qkv] = part.num_heads
-            kept += [part.proj] if how["bottleneck"] else []
-        elif isinstance(part, Mlp):
-            kept += [part.fc2] if how["bottleneck"] else []
-    kept += [module.patch_embed] if how["bottleneck"] else []
-    scores = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
-    pruner = tp.pruner.BasePruner(
-        module,
-        torch.zeros(1, 3, *model.preprocess.size),
-        importance=scores[how["score"]](),
-        global_pruning=how["global"],
-        isomorphic=how["isomorphic"],
-        pruning_ratio=pruning_ratio,
-        ignored_layers=kept,
-        num_heads=heads,
-        prune_head_dims=True,
-        round_to=8,
-    )
-    for name, parameter in module.named_parameters():
-        parameter.grad = gradients(how["score"]).get(name)
-    for group in pruner.step(interactive=True) or ():
-        group.prune()
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.num_heads = pruner.num_heads[part.qkv]
-            part.head_dim = part.qkv.out_features // (3 * part.num_heads)
-            part.attn_dim = part.num_heads * part.head_dim
-    module.zero_grad()
-    return module.requires_grad_(False)
-
-
-def timed(bench: Bench, seconds: float, progress: Progress) -> list[dict[str, Any]]:
+def timed(bench: Bench, ratios: Sequence[float], seconds: float, progress: Progress) -> list[dict[str, Any]]:
     """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
-    engine = engines.get(ENGINE)
-    context = Context(
-        images=bench.calibration,
-        seed=bench.settings.seed,
-        int8=engine.int8,
-        precisions=engine.alternatives(),
-        progress=progress,
-    )
+    engine, context = engines.get(ENGINE), bench.for_engine(progress)
     probe = next(iter(bench.calibration))[:1].numpy()
     with ExitStack() as stack:
         runs, macs_removed = {}, {}
-        for name, model in _timed_models(bench, progress):
+        for name, model in _timed_models(bench, ratios, progress):
             for recipe in ("bf16", "int8"):
                 done = pipeline.run(model, Recipe.load(recipe), context)
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 engine.lower(done, folder)
                 session = engine.open(folder, precision=done.precision, threads=cores())
                 runs[f"{name}, {recipe}"] = lambda session=session: session(probe)
-                macs_removed[f"{name}, {recipe}"] = _removed(bench, model)
+                macs_removed[f"{name}, {recipe}"] = 1 - total_macs(model) / bench.macs
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=seconds, progress=progress)
     wholes = {recipe: times[f"whole, {recipe}"] for recipe in ("bf16", "int8")}
     return [
@@ -322,16 +353,14 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
     return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
 
 
-def _timed_models(bench: Bench, progress: Progress) -> Iterator[tuple[str, Model]]:
+def _timed_models(bench: Bench, ratios: Sequence[float], progress: Progress) -> Iterator[tuple[str, Model]]:
     yield "whole", bench.model
     for name in TIMED:
-        for ratio in RATIOS:
-            yield f"{name} {ratio}", bench.ours(name, ratio, progress)
-
-
-def _removed(bench: Bench, model: Model) -> float:
-
-    return 1 - total_macs(model) / bench.macs
+        for ratio in ratios:
+            try:
+                yield f"{name} {ratio}", bench.smaller(name, ratio, progress)
+            except MartletError as error:
+                note(f"{name} at {ratio}: {error}")
 
 
 def _table(document: dict[str, Any]) -> Any:
@@ -350,11 +379,13 @@ def _table(document: dict[str, Any]) -> Any:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     assets = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency", "table"), default=["accuracy"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["accuracy"])
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES, metavar="NAME")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--assets", type=Path, default=assets, help="folder with data/ and weights/ (MARTLET_ASSETS)")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/prune.json", help="results/prune.json")
+    parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="where pruned models are kept")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training")
     parser.add_argument("--table", type=Path, default=Path("blocks.json"), help="where to write what blocks take")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing")
     return parser.parse_args(argv)

@@ -31,16 +31,16 @@ ALIKE = {
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
-NEED_TOKENS = ("tokens", "prune")
+NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
-NEED_HEADS = ("comcat",)
+NEED_HEADS = ("comcat", "linformer")
 """Techniques of other families that say so too."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
-NEED_ROUNDED = ("lsq",)
-"""Techniques that come after one that quantizes, and say so."""
+NEED_BEFORE = {"lsq": "rounded", "pela": "factorized"}
+"""Techniques that come after one that does something to the model, and say so."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 MODELS = {
     "class token": TINY,
@@ -245,8 +245,10 @@ def test_a_model_of_convolutions(name, tmp_path):
         with pytest.raises(UsageError, match=rf"^{name}: timm:repvit_m0_9 has \w+ \(\w+\).* which has no integer form"):
             run(model, recipe)
         return
-    if name in NEED_ROUNDED:
-        with pytest.raises(RecipeError, match=rf"^{name}: nothing of .* is rounded yet; put what quantizes before it"):
+    if name in NEED_BEFORE:
+        with pytest.raises(
+            RecipeError, match=rf"^{name}: nothing of .* is {NEED_BEFORE[name]} yet; put what .* before it"
+        ):
             run(model, recipe)
         return
     done = run(model, recipe)

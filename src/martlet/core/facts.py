@@ -19,7 +19,7 @@ class Fact(StrEnum):
     UNFUSED = "unfused"
     """Batch norms and training-time branches still stand apart."""
     WHOLE_LINEARS = "whole_linears"
-    """Every linear map is one Linear; no factors of it stand in its place."""
+    """Every linear map is a Linear of its own: no factors of it stand in its place, and no other layer shares it."""
     FLOAT_WEIGHTS = "float_weights"
     """Linear and convolution weights are floating point."""
     FLOAT_ACTIVATIONS = "float_activations"

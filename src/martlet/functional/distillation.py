@@ -1,7 +1,8 @@
-"""How far a student's outputs are from a teacher's."""
+"""How far a student's outputs, and what leads to them, are from a teacher's."""
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,3 +23,24 @@ def hard(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Touvron et al., DeiT, 2021, arXiv 2012.12877, hard distillation without the labels.
     """
     return functional.cross_entropy(student.float(), teacher.argmax(1))
+
+
+def relations(a: Float[Tensor, "*b n c"], b: Float[Tensor, "*b n c"], heads: int) -> Float[Tensor, "*b h n n"]:
+    """log softmax(a bᵀ / √d) in each of so many heads of d = c / heads features: how tokens see each other.
+
+    heads needn't be those of the model, so that models of different widths can be compared.
+    Source: Wang et al., MiniLMv2, 2021, arXiv 2012.15828, section 3.1.
+    """
+    a, b = (x.float().unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (a, b))  # (…, h, n, d)
+    return functional.log_softmax(a @ b.transpose(-2, -1) / a.shape[-1] ** 0.5, -1)
+
+
+def relation_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of `relations` (…, h, n, n), averaged over all but the last dimension."""
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖s - t‖² / ‖t‖², of features of any shape: 1 for a student that gives nothing, on whatever scale."""
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().sum() / teacher.square().sum()

@@ -35,6 +35,36 @@ class RelativePosition(nn.Module):
         self.table[self.index] = bias.flatten(1).mT.to(self.table)
 
 
+def _mixed(mix: Tensor, x: Tensor) -> Tensor:
+    """Of each head the sum over all with the weights in its row of mix (H, H); x (B, H, N, N)."""
+    return (mix @ x.flatten(2)).unflatten(-1, x.shape[2:])
+
+
+class Slots(nn.Module):
+    """K weighted sums of N keys, and of N values, over the tokens of an image; and what is added to each sum's scores.
+
+    key, value: (K, N), the weights. bias: (K,), so that a sum of several tokens can count as several.
+    """
+
+    def __init__(self, num_tokens: int, num_slots: int) -> None:
+        super().__init__()
+        self.key, self.value = (nn.Parameter(torch.zeros(num_slots, num_tokens)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(num_slots))
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, N, D), (B, H, N, E) -> (B, H, K, D), (B, H, K, E)."""
+        return self.key @ k, self.value @ v
+
+    @torch.no_grad()
+    def set_(self, groups: Tensor) -> None:
+        """Makes each sum the mean of a group of tokens, that counts as so many as it has. groups: (N,), below K."""
+        members = torch.nn.functional.one_hot(groups, len(self.bias)).T.to(self.bias)  # (K, N)
+        count = members.sum(1)
+        for weights in (self.key, self.value):
+            weights.copy_(members / count[:, None])
+        self.bias.copy_(count.log())
+
+
 def relative_index(window: tuple[int, int]) -> Tensor:
     """(N, N): the row of the table for each query and key of a window (h, w)."""
     height, width = window
@@ -55,6 +85,9 @@ class ShapedAttention(nn.Module):
         scale: of the scores; that of the attention that was there before, whatever D is now.
         query_norm, key_norm: over D; norm: over all H E, before proj.
         window: (h, w), if there is a relative position bias.
+        slots: (N, K), if queries see K weighted sums of the N keys and values in their place (Linformer); the weights
+            are the same for all heads. Only for so many tokens, and without window.
+        mixed: heads are mixed, before the softmax and after it, each by a matrix (H, H) that begins as the identity.
     """
 
     def __init__(
@@ -69,12 +102,16 @@ class ShapedAttention(nn.Module):
         key_norm: nn.Module | None = None,
         norm: nn.Module | None = None,
         window: tuple[int, int] | None = None,
+        slots: tuple[int, int] | None = None,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim, self.scale = num_heads, qk_dim, v_dim, scale
         self.qkv = nn.Linear(dim, num_heads * (2 * qk_dim + v_dim))
         self.q_norm, self.k_norm, self.norm = (each or nn.Identity() for each in (query_norm, key_norm, norm))
         self.position = RelativePosition(window, num_heads) if window else None
+        self.slots = Slots(*slots) if slots else None
+        self.mix = nn.ParameterList(torch.eye(num_heads) for _ in range(2)) if mixed else None
         self.proj = nn.Linear(num_heads * v_dim, dim)
 
     @property
@@ -100,7 +137,12 @@ class ShapedAttention(nn.Module):
                 windows = mask[None, :, None].expand(x.shape[0] // mask.shape[0], -1, -1, -1, -1)
                 bias = bias + windows.reshape(-1, 1, count, count)  # (B, H, N, N)
             mask = bias
-        out = functional.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, attn_mask=mask, scale=self.scale
-        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.slots is not None:
+            (k, v), mask = self.slots(k, v), self.slots.bias[None, None, None]  # (1, 1, 1, K)
+        if self.mix is None:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        else:
+            scores = _mixed(self.mix[0], self.scale * q @ k.mT)  # (B, H, N, N)
+            out = _mixed(self.mix[1], (scores if mask is None else scores + mask).softmax(-1)) @ v
         return self.proj(self.norm(out.transpose(1, 2).flatten(2)))  # (B, N, H E) -> (B, N, C)

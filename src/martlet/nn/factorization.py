@@ -80,13 +80,15 @@ class Factorization(Technique):
         """By what a Linear's share of lost squares is multiplied, to be compared with another's."""
         return dict.fromkeys(factors, 1.0)
 
-    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
-        found = [site for site in sites(model) if self._ranks(site)] if self.ratio else []
-        if self.ratio and not found:
+    def check(self, model: Model) -> None:
+        if self.ratio and not any(self._ranks(site) for site in sites(model)):
             raise RecipeError(
                 f"{self.name}: no Linear of {model.name} is large enough for two thinner ones whose rank is a multiple "
                 f"of {self.multiple}"
             )
+
+    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
+        found = [site for site in sites(model) if self._ranks(site)] if self.ratio else []
         factors = self.factors(model, found, context) if found else {}
         ranks = self.ranks(model, found, factors, context)
         for site in found:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from martlet.core.errors import UsageError
 from martlet.core.model import Model
 from martlet.data.preprocess import Preprocess
+from martlet.training.signals import Signals, observe
 
 RATE = "rate_scale"
 """Of a group of parameters: its learning rate over the technique's."""
@@ -85,6 +86,11 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images that are preprocessed for the student."""
         return self.model.module(self.view(images))
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, attention: bool = False) -> tuple[Tensor, Signals]:
+        """Logits, and what leads to them, as `training.signals.observe` gives it."""
+        return observe(self.model.module, self.view(images), attention)
 
     def view(self, images: Tensor) -> Tensor:
         """The student's images (B, 3, H, W) as the teacher takes them, enlarged or made smaller where it has to be."""

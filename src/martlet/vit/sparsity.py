@@ -32,7 +32,7 @@ class Sparsity(Technique):
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
     needs_images: ClassVar[bool] = True
 
     zeros: int = 2

@@ -112,8 +112,17 @@ def check_attention(vit: VitView, block: BlockView, technique: str, what: str) -
         )
 
 
-def write_attention_(vit: VitView, block: BlockView, weights: HeadWeights) -> ShapedAttention:
-    """Puts a layer of these sizes and values in the place of an attention. The view of it is stale afterwards."""
+def write_attention_(
+    vit: VitView,
+    block: BlockView,
+    weights: HeadWeights,
+    slots: tuple[int, int] | None = None,
+    mixed: bool = False,
+) -> ShapedAttention:
+    """Puts a layer of these sizes and values in the place of an attention. The view of it is stale afterwards.
+
+    slots, mixed: as of `ShapedAttention`.
+    """
     old = block.attention
     adapter = importlib.import_module(f"martlet.vit.{vit.library}")
     like = old.proj.weight
@@ -128,6 +137,8 @@ def write_attention_(vit: VitView, block: BlockView, weights: HeadWeights) -> Sh
         key_norm=_module(old.key_norm),
         norm=_module(old.norm),
         window=window,
+        slots=slots,
+        mixed=mixed,
     ).to(like)
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.cat([each.flatten(0, 1) for each in (weights.q, weights.k, weights.v)]))

@@ -225,7 +225,7 @@ def given_back(x: Tensor, done: Sequence[Reduced]) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Attend:
+class Attend:
     """A block's attention, with sizes of tokens in its scores and for some leading queries only."""
 
     attention: AttentionView
@@ -287,7 +287,7 @@ def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches:
     size. That is to spread the fused values, and to average what comes out.
     Source: Lee et al., Multi-criteria Token Fusion, 2024, arXiv 2403.10030, section 3.3.
     """
-    attend = _Attend(block.attention)
+    attend = Attend(block.attention)
     seen = weights.mean((1, 2))  # (B, N)
     size = torch.ones_like(seen) if size is None else size
     fusion = fuse(x, seen, size, patches)
@@ -301,7 +301,7 @@ def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches:
 
 def install_(run: TokenRun) -> None:
     """Makes the first block of the run do the work of all. What was installed before is replaced."""
-    take_over_(run.blocks, run, _Attend)
+    take_over_(run.blocks, run, Attend)
 
 
 def _rows_of(map_: LinearView, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class LPViT(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "make square blocks of weights zero, by second-order loss and power"
     paper: ClassVar[str] = "Xu et al., LPViT: Low-Power Semi-structured Pruning, 2024, arXiv 2407.02068"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
     needs_images: ClassVar[bool] = True
 
     prune_ratio: float = 0.2

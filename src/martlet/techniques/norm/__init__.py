@@ -1,0 +1,1 @@
+"""Normalization that costs nothing at run time."""

@@ -1,0 +1,1 @@
+"""One set of weights for several layers."""
