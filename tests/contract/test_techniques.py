@@ -35,8 +35,10 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name fo
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens", "prune")
 """Families that say of a model without tokens that it isn't theirs."""
-NEED_HEADS = ("comcat",)
+NEED_HEADS = ("comcat", "adapter", "vpt", "ladder")
 """Techniques of other families that say so too."""
+NEED_LINEARS = ("lora", "lora_ga")
+"""Techniques for which a network of convolutions has no Linear but its classifier."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
@@ -252,6 +254,10 @@ def test_a_model_of_convolutions(name, tmp_path):
     recipe = Recipe((registry.technique(name)(),))
     if registry.entries()[name].family in NEED_TOKENS or name in NEED_HEADS:
         with pytest.raises(SourceError, match="no vision transformer"):
+            run(model, recipe)
+        return
+    if name in NEED_LINEARS:
+        with pytest.raises(RecipeError, match=rf"^{name}: the model has no Linear but its classifier"):
             run(model, recipe)
         return
     if name in NEED_WIDE_LINEARS:
