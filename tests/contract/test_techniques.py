@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
+from martlet.merging.technique import Finetune
 from martlet.source import load_model
 from martlet.vit.pruning import Pruning
 from martlet.vit.sparsity import Sparsity
@@ -33,8 +35,10 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name fo
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
-NEED_HEADS = ("comcat", "linformer")
+NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder")
 """Techniques of other families that say so too."""
+NEED_LINEARS = ("lora", "lora_ga")
+"""Techniques for which a network of convolutions has no Linear but its classifier."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
@@ -87,7 +91,22 @@ def run(model: Model, recipe: Recipe) -> Model:
     noise = Noise(model.preprocess.size)
     training = Examples.unlabelled(noise, model.preprocess)
     training.labels = torch.arange(len(training)) % model.num_classes
-    return pipeline.run(model, recipe, Context(images=noise, training=training, seed=1))
+    return pipeline.run(model, recipe, Context(images=noise, training=training, finetunes=finetunes(model), seed=1))
+
+
+def finetunes(model: Model) -> tuple[Finetune, ...]:
+    """Two, for techniques that merge."""
+
+    def read(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in state(model).items()
+        }
+
+    return tuple(Finetune(name=f"noise {seed}", read=partial(read, seed)) for seed in (1, 2))
 
 
 def outputs(model: Model) -> torch.Tensor:
@@ -183,9 +202,9 @@ def test_needs_are_honest(model, recipe, done):
     [technique] = recipe.passes
     if technique.needs_images:
         with pytest.raises(RecipeError, match=f"{technique.name} needs calibration images"):
-            pipeline.run(model, recipe, Context())
+            pipeline.run(model, recipe, Context(finetunes=finetunes(model)))
     else:
-        assert pipeline.run(model, recipe, Context()).steps
+        assert pipeline.run(model, recipe, Context(finetunes=finetunes(model))).steps
 
 
 def test_reloads_without_data_bit_for_bit(recipe, done, tmp_path):
@@ -235,6 +254,10 @@ def test_a_model_of_convolutions(name, tmp_path):
     recipe = Recipe((registry.technique(name)(),))
     if registry.entries()[name].family in NEED_TOKENS or name in NEED_HEADS:
         with pytest.raises(SourceError, match="no vision transformer"):
+            run(model, recipe)
+        return
+    if name in NEED_LINEARS:
+        with pytest.raises(RecipeError, match=rf"^{name}: the model has no Linear but its classifier"):
             run(model, recipe)
         return
     if name in NEED_WIDE_LINEARS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.core.recipe import Recipe
     from martlet.data.examples import Examples
+    from martlet.merging.technique import Finetune
     from martlet.recipe_search.space import Space
 
 
@@ -122,11 +123,13 @@ class Context:
     kept: where work that takes long leaves what it has done, in case it is stopped; None keeps nothing.
     training: what models are trained on, apart from what they are tested on; None if there is none.
     teacher: whose outputs a model in training learns; the pipeline puts the untouched model here if there is none.
+    finetunes: what is merged into the model.
     """
 
     images: Batches | None = None
     training: Examples | None = None
     teacher: Model | None = None
+    finetunes: Sequence[Finetune] = ()
     seed: int = 0
     engine: str = ""
     int8: Int8Form = dataclasses.field(default_factory=Int8Form)

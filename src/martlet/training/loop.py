@@ -124,8 +124,10 @@ class _Run:
 
     def run_(self) -> dict[str, Any]:
         student, objective = self.model.module, self.objective
-        objective.to(self.device)
+        seed_(self.context.seed)  # of what an objective draws
         objective.prepare_(student)
+        objective.to(self.device)
+        student.to(self.device)  # with what was put into it
         try:
             self._learn_(student, objective)
         finally:

@@ -66,6 +66,19 @@ class Objective(nn.Module):
         return functional.cross_entropy(logits, batch.labels)
 
 
+class CrossEntropy(Objective):
+    """With labels, or with probabilities where images were mixed, which are smoothed already."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        smoothing = self.smoothing if batch.labels.ndim == 1 else 0.0
+        return functional.cross_entropy(student(batch.images).float(), batch.labels, label_smoothing=smoothing)
+
+
 class Teacher:
     """A model that is asked and never changed. No part of the objective's module, so neither kept nor trained.
 

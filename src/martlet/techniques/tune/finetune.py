@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.nn import functional
-
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context
-from martlet.training.objective import Batch, Objective
+from martlet.training.objective import CrossEntropy, Objective
 from martlet.training.technique import Training
 
 
@@ -38,16 +35,3 @@ class Finetune(Training):
 
     def objective(self, model: Model, context: Context) -> Objective:
         return CrossEntropy(self.smoothing)
-
-
-class CrossEntropy(Objective):
-    """With labels, or with probabilities where images were mixed, which are smoothed already."""
-
-    def __init__(self, smoothing: float) -> None:
-        super().__init__()
-        self.smoothing = smoothing
-
-    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
-        assert batch.labels is not None
-        smoothing = self.smoothing if batch.labels.ndim == 1 else 0.0
-        return functional.cross_entropy(student(batch.images).float(), batch.labels, label_smoothing=smoothing)

@@ -1,0 +1,1 @@
+"""Techniques that make one model of several."""
