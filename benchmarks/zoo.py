@@ -5,10 +5,11 @@
     python benchmarks/zoo.py --models repvit_m0_9 --minutes 0.02 --out runs/zoo.json
 
 Writes one JSON file, model after model, the smallest of every family first, then the others from small to large;
-started again, it goes on where it stopped. Weights are random, so that every layer matters: no time and no count depends on their values. Export is of the model as recipe
-`fuse` leaves it, and its logits on two images are held against those of the untouched model in PyTorch. Times are of
-float32, all engines interleaved in one run for each model and batch size. What fails is an entry that says why. Models
-over --max-gmacs are counted only, but for the smallest of each family and those that are named. Files that engines run are kept in --work: clear it when Martlet has changed.
+started again, it goes on where it stopped. Weights are random, so that every layer matters: no time and no count
+depends on their values. Export is of the model as recipe `fuse` leaves it, and its logits on two images are held
+against those of the untouched model in PyTorch. Times are of float32, all engines interleaved in one run for each model
+and batch size. What fails is an entry that says why. Models over --max-gmacs are counted only, but for the smallest of
+each family and those that are named. Files that engines run are kept in --work: clear it when Martlet has changed.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record = records.setdefault(name, {"name": name})
                 if part in record and not (options.again and part in options.parts):
                     continue
-                if part != "counts" and not options.models and _place(name, known, records)[0]:
-                    if _size(record) > 1e9 * options.max_gmacs:
-                        continue
+                another, size = _place(name, known, records)
+                if part != "counts" and another and not options.models and size > 1e9 * options.max_gmacs:
+                    continue
                 with working(name) as progress:
                     record[part] = measure(part, name, record, options, settings, progress)
                 document["models"] = list(records.values())
@@ -272,7 +273,7 @@ def family(name: str) -> str:
 
 
 def _place(name: str, known: Sequence[str], records: Mapping[str, Any]) -> tuple[bool, float]:
-    """Where it stands in the order: False and its size for the smallest of its family, True and its size for another."""
+    """Where it stands in the order: (False, size) of the smallest of its family, (True, size) of another."""
     size = _size(records.get(name))
     its = [other for other in known if other != name and family(other) == family(name)]
     return any((_size(records.get(other)), other) < (size, name) for other in its), size

@@ -10,7 +10,7 @@ from martlet.core import registry
 from martlet.report import units
 
 if TYPE_CHECKING:
-    from martlet.models.paper import Paper, Stated
+    from martlet.models.papers.paper import Paper, Stated
 
 SAME = 1e-3
 """How far a logit may lie from PyTorch's, over the largest logit, for an export to be equal."""
