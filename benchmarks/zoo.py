@@ -4,11 +4,12 @@
     python benchmarks/zoo.py --parts latency           # on a quiet machine
     python benchmarks/zoo.py --models repvit_m0_9 --minutes 0.02 --out runs/zoo.json
 
-Writes one JSON file, model after model, the smallest first; started again, it goes on where it stopped. Weights are
-random, so that every layer matters: no time and no count depends on their values. Export is of the model as recipe
-`fuse` leaves it, and its logits on two images are held against those of the untouched model in PyTorch. Times are of
-float32, all engines interleaved in one run for each model and batch size. What fails is an entry that says why. Models
-over --max-gmacs are counted only. Files that engines run are kept in --work: clear it when Martlet has changed.
+Writes one JSON file, model after model, the smallest of every family first, then the others from small to large;
+started again, it goes on where it stopped. Weights are random, so that every layer matters: no time and no count
+depends on their values. Export is of the model as recipe `fuse` leaves it, and its logits on two images are held
+against those of the untouched model in PyTorch. Times are of float32, all engines interleaved in one run for each model
+and batch size. What fails is an entry that says why. Models over --max-gmacs are counted only, but for the smallest of
+each family and those that are named. Files that engines run are kept in --work: clear it when Martlet has changed.
 """
 
 from __future__ import annotations
@@ -66,11 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = peers.open_document(options.out, settings, "zoo")
         records = {record["name"]: record for record in document["models"]}
         for part in (part for part in PARTS if part in ("counts", *options.parts)):  # counts say what is left out
-            for name in sorted(options.models or known, key=lambda name: _size(records.get(name))):
+            for name in sorted(options.models or known, key=lambda name: _place(name, known, records)):
                 record = records.setdefault(name, {"name": name})
                 if part in record and not (options.again and part in options.parts):
                     continue
-                if part != "counts" and _size(record) > 1e9 * options.max_gmacs:
+                another, size = _place(name, known, records)
+                if part != "counts" and another and not options.models and size > 1e9 * options.max_gmacs:
                     continue
                 with working(name) as progress:
                     record[part] = measure(part, name, record, options, settings, progress)
@@ -166,8 +168,11 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     with torch.inference_mode():
         expected = model.module(torch.from_numpy(images)).numpy()
     traced = graph(fused)
-    techniques = [technique for technique in registry.entries() if takes(technique, model, traced)]
-    found: dict[str, Any] = {"techniques": techniques}
+    taken = {technique: takes(technique, model, traced) for technique in registry.entries()}
+    found: dict[str, Any] = {
+        "techniques": [technique for technique, takes_it in taken.items() if takes_it],
+        "refused_by": [technique for technique, takes_it in taken.items() if not takes_it],
+    }
     for engine in EXPORTED:
         progress(f"export for {engine}", 0, 0)
         try:
@@ -257,6 +262,21 @@ def line(part: str, found: Mapping[str, Any]) -> str:
         f"{engine} {' / '.join(format(ms['median'], '.2f') for ms in its.values())} ms"
         for engine, its in found["ms"].items()
     )
+
+
+def family(name: str) -> str:
+    """What its models have in common: the title of their paper, or the name of one that is our own."""
+    from martlet import models
+
+    paper = models.paper(name)
+    return paper.title if paper else name
+
+
+def _place(name: str, known: Sequence[str], records: Mapping[str, Any]) -> tuple[bool, float]:
+    """Where it stands in the order: (False, size) of the smallest of its family, (True, size) of another."""
+    size = _size(records.get(name))
+    its = [other for other in known if other != name and family(other) == family(name)]
+    return any((_size(records.get(other)), other) < (size, name) for other in its), size
 
 
 def _size(record: Mapping[str, Any] | None) -> float:

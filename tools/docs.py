@@ -27,7 +27,7 @@ from martlet.report.cards import table
 
 ROOT = Path(__file__).parents[1]
 TECHNIQUES, README, ZOO, RECORDS = (
-    Path(name) for name in ("docs/techniques.md", "README.md", "docs/zoo.md", "src/martlet/models/zoo.json")
+    Path(name) for name in ("docs/techniques.md", "README.md", "docs/zoo.md", "src/martlet/models/papers/zoo.json")
 )
 BEGIN, END = "<!-- results:peers -->", "<!-- /results:peers -->"
 
@@ -56,7 +56,7 @@ def pages(root: Path) -> dict[Path, str]:
     document = newest(root / "results", "zoo")
     found[ZOO] = cards.page(document)
     if document:
-        from martlet.models.records import shipped
+        from martlet.models.papers.records import shipped
 
         found[RECORDS] = shipped(document)
     for module in results_pages():

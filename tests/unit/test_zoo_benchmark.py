@@ -30,6 +30,7 @@ def run(tmp_path, monkeypatch):
         return {"techniques": [], "openvino": {"relative_error": 1e-6}}
 
     monkeypatch.setattr(zoo, "table", lambda: tuple(MACS))
+    monkeypatch.setattr(zoo, "family", lambda name: "one")
     monkeypatch.setattr(zoo, "counts", counts)
     monkeypatch.setattr(zoo, "export", export)
 
@@ -50,6 +51,14 @@ def test_from_small_to_large_up_to_a_limit(run):
     assert found["c"]["export"] == {"error": "no such operator"}
     assert "export" not in found["a"]
     assert found["a"]["counts"]["macs"] == MACS["a"]
+
+
+def test_the_smallest_of_each_family_first_whatever_its_size(run, monkeypatch):
+    monkeypatch.setattr(zoo, "family", lambda name: "large" if name == "a" else "small")
+    _, measured, _ = run("--parts", "export", "--max-gmacs", "1.5")
+    assert [name for part, name in measured if part == "export"] == ["c", "a"]
+    _, measured, _ = run("--parts", "export", "--models", "b", "--max-gmacs", "1.5")
+    assert measured == [("export", "b")]  # named is asked for
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ def record(name: str, params: int, macs: int, ms: float | None = None, **export:
         "counts": {"image_size": [224, 224], "params": params, "macs": macs},
         "export": {
             "techniques": ["fuse", "int8"],
+            "refused_by": ["gptq", "svd", "wanda", "tome"],
             "openvino": {"relative_error": 2e-6},
             "onnxruntime": {"relative_error": 3e-6},
         }

@@ -115,7 +115,7 @@ def models(choice: Choice | None = None) -> list[dict[str, Any]]:
         UsageError: an engine of which nothing is recorded, or an order that there isn't.
     """
     from martlet import models
-    from martlet.models.records import engines, records
+    from martlet.models.papers.records import engines, records
 
     choice = choice or Choice()
     if choice.sort not in (None, *SORTS):
@@ -154,7 +154,7 @@ def models(choice: Choice | None = None) -> list[dict[str, Any]]:
 
 
 def _show_models(entries: list[dict[str, Any]], choice: Choice) -> None:
-    from martlet.models.records import machine
+    from martlet.models.papers.records import machine
     from martlet.report import units
     from martlet.source import FORMS
 

@@ -3,7 +3,7 @@
 A family is written as timm writes one: `default_cfgs` says how a model wants its images and where its weights lie, and
 `@register_model` makes the function of each model known. So `timm.create_model(name)` works once this package is
 imported, and a new family is one new file here, listed nowhere else. `PAPER` beside them is what its paper states.
-`timm_papers` has the same of architectures that timm brings itself: together they are the table to choose from.
+`papers.timm` has the same of architectures that timm brings itself: together they are the table to choose from.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import nn
 
 from martlet.core.errors import SourceError, nearest
 from martlet.data.preprocess import Preprocess
-from martlet.models.paper import Paper, Stated
-from martlet.models.timm_papers import PAPERS
+from martlet.models.papers.paper import Paper, Stated
+from martlet.models.papers.timm import PAPERS
 from martlet.source.timm import preprocess as timm_preprocess
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from martlet.models.backbone import Backbone, cfg, drop_path_rates, make, merge_heads, split_heads
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["CvT"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad, scaled_dot_product_attention
 
 from martlet.models.backbone import Backbone, Block, Stage, cfg, drop_path_rates, make, merge_heads, pair, split_heads
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["FasterViT"]
 

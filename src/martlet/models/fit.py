@@ -23,7 +23,7 @@ from martlet.models.backbone import (
     pair,
     split_heads,
 )
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["FIT"]
 

@@ -13,7 +13,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from martlet.models.backbone import Backbone, Block, SelfAttention, Stage, cfg, drop_path_rates, make, pair
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 from martlet.models.spectformer import Fourier
 
 __all__ = ["HyenaND"]

@@ -22,7 +22,7 @@ from martlet.models.backbone import (
     merge_heads,
     split_heads,
 )
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["LITv2"]
 

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from martlet.core.errors import SourceError
 from martlet.models.backbone import Backbone, Stage, cfg, drop_path_rates, make, merge_heads, split_heads
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["MedViTV2"]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from martlet.core.errors import SourceError
 from martlet.models.backbone import Backbone, cfg, drop_path_rates, make, pair
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["SReT"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from martlet.models.backbone import cfg, make
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 from martlet.models.spectformer import SpectFormer
 
 __all__ = ["SVT"]

@@ -10,7 +10,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from martlet.models.backbone import Backbone, Block, SelfAttention, Stage, cfg, drop_path_rates, make
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["UniFormer"]
 

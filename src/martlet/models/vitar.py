@@ -14,7 +14,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from martlet.core.errors import SourceError
 from martlet.models.backbone import Backbone, Block, SelfAttention, cfg, drop_path_rates, merge_heads, split_heads
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["ViTAR"]
 

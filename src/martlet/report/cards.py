@@ -10,7 +10,7 @@ from martlet.core import registry
 from martlet.report import units
 
 if TYPE_CHECKING:
-    from martlet.models.paper import Paper, Stated
+    from martlet.models.papers.paper import Paper, Stated
 
 SAME = 1e-3
 """How far a logit may lie from PyTorch's, over the largest logit, for an export to be equal."""
@@ -141,14 +141,21 @@ def _reasons(paper: Paper, names: Sequence[str]) -> list[str]:
 def _techniques(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which techniques take every model of a family, by their own check; none recorded, nothing said.
 
-    Those that train aren't asked: they train whatever there is.
+    One that wasn't there yet when a model was asked isn't named. Those that train aren't asked: they train whatever
+    there is.
     """
     from martlet.training.technique import Training
 
-    taken = [set(record["export"]["techniques"]) for record in records if "techniques" in record.get("export", {})]
-    if not taken:
+    exports = [record["export"] for record in records if "refused_by" in record.get("export", {})]
+    taken = [set(export["techniques"]) for export in exports]
+    known = [its | set(export["refused_by"]) for its, export in zip(taken, exports, strict=True)]
+    asked = [
+        entry
+        for name, entry in registry.entries().items()
+        if known and all(name in its for its in known) and not issubclass(registry.technique(name), Training)
+    ]
+    if not asked:
         return []
-    asked = [entry for name, entry in registry.entries().items() if not issubclass(registry.technique(name), Training)]
     by_family = groupby(asked, key=lambda entry: entry.family)
     said = []
     for family, entries in by_family:

@@ -7,8 +7,8 @@ import pytest
 from martlet.cli import main
 from martlet.cli.list import Choice, models
 from martlet.core.errors import UsageError
-from martlet.models import records
-from martlet.models.records import Record
+from martlet.models.papers import records
+from martlet.models.papers.records import Record
 
 
 def record(params: float, macs: float, ms: float | None = None) -> Record:

@@ -31,7 +31,7 @@ class Family:
 
     refused: a size, and what the error says of those that fit. unreached: the end of the name of parameters that
     no gradient reaches, because the paper's classifier doesn't read what they do. hierarchical: it gives features of
-    several stages.
+    several stages. features_hear_logits: a new classifier changes what it reads.
     """
 
     tiny: Mapping[str, Any]
@@ -40,6 +40,7 @@ class Family:
     refused: tuple[Size, str] | None = None
     hierarchical: bool = True
     min_int8_sqnr_db: float = 15.0
+    features_hear_logits: bool = False
     unreached: tuple[str, ...] = field(default=())
 
 
@@ -186,6 +187,37 @@ FAMILIES = {
         (32, 32),
         others=((24, 48),),
         refused=((32, 36), "multiples of 8, not 32 × 36"),
+    ),
+    "stvit_r_swin_small_patch4_window7_224": Family(
+        {
+            "img_size": (32, 64),
+            "dim": 16,
+            "depths": (2, 6),
+            "num_heads": (2, 2),
+            "window": 4,
+            "semantic": 1,
+            "samples": 2,
+            "overlap": 2,
+            "mlp_ratio": 2.0,
+        },
+        (32, 64),
+        refused=((32, 32), r"takes images of 32 × 64, not 32 × 32; make it with img_size=\(32, 32\)"),
+    ),
+    "dyn_perceiver_regnety_008": Family(
+        {
+            "host": "regnety_002",
+            "host_args": {"w0": 16, "wa": 16.0, "wm": 1.4, "depth": 4, "group_size": 8, "stem_width": 16},
+            "tokens": 16,
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 2, 2, 4),
+            "grid": 2,
+            "hidden": 24,
+        },
+        (32, 32),
+        others=((32, 64),),
+        refused=((32, 40), "multiples of 32, not 32 × 40"),
+        unreached=tuple(f"own.{end}" for end in ("0.0.weight", "0.0.bias", "1.weight", "1.bias")),
+        features_hear_logits=True,
     ),
 }
 

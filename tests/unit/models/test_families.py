@@ -16,7 +16,7 @@ from martlet.core import store
 from martlet.core.errors import SourceError
 from martlet.graph.trace import example_values, trace
 from martlet.measure.macs import macs, macs_by_node, macs_run
-from martlet.models.paper import Stated, figure
+from martlet.models.papers.paper import Stated, figure
 
 OF_A_PAPER = [name for name in models.names() if models.paper(name)]
 OF_TIMM = [
@@ -133,6 +133,8 @@ def test_head_and_features(name):
         module.reset_classifier(CLASSES)
         assert module(x).shape == (1, CLASSES) == (1, module.get_classifier().out_features)
         module.reset_classifier(0)
+        if FAMILIES[name].features_hear_logits:
+            pooled = module.forward_head(module.forward_features(x), pre_logits=True)
         assert torch.equal(module(x), pooled)
 
 

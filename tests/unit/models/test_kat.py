@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from martlet import models
 from martlet.models.kat import PAPER, GroupRational
-from martlet.models.paper import figure
+from martlet.models.papers.paper import figure
 
 
 def oracle(x, a, b, groups):

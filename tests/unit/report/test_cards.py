@@ -52,5 +52,12 @@ def test_counts_times_export_and_techniques_are_those_of_the_results():
     )
     assert found["timm:repvit_m1_0"].endswith("| 80.0 | – | – | openvino can't: no such operator; onnxruntime 2e-02 |")
     assert "| 5.71 M (6M) | 1.07 G (1G) |" in found["timm:convit_tiny"]  # as its paper counts
-    assert "Techniques: fuse all; low_rank none; prune none; quantize `int8`; tokens none." in text
+    assert (
+        "Techniques: fuse all; low_rank none; prune none; quantize `int8`; tokens none." in text
+    )  # of those that were asked
     assert "a CPU, 2 cores, 2026-01-02; openvino 1.2, torch 9.9, timm 1.0." in text
+
+
+def test_a_technique_that_came_later_is_not_called_refused():
+    results = document(record("repvit_m0_9", 1, 1), record("repvit_m1_0", 1, 1, refused_by=["gptq", "tome"]))
+    assert "Techniques: fuse all; quantize `int8`; tokens none." in cards.page(results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from martlet.models.paper import Paper, Stated
+from martlet.models.papers.paper import Paper, Stated
 
 APPLE = "Apple's own, for its sample code"
 

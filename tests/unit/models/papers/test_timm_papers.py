@@ -7,8 +7,8 @@ from torch import nn
 
 from martlet import models
 from martlet.core.errors import SourceError
+from martlet.models.papers.timm import PAPERS
 from martlet.models.random_weights import randomize_
-from martlet.models.timm_papers import PAPERS
 
 
 def test_the_installed_timm_has_all_and_each_is_of_one_paper():

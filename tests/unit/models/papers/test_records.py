@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from martlet.models import records
+from martlet.models.papers import records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from zoo_results import document, record
