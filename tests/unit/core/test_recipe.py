@@ -187,7 +187,7 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_a_name_is_suggested_once():
     with pytest.raises(RecipeError) as error:
         Recipe.load("int9")  # `int8` is a recipe and a technique
-    assert "did you mean int8, nvit, int8-f32?" in str(error.value)
+    assert "did you mean int8, minivit, nvit?" in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "near"), [("int88", "int8"), ("bf15", "bf16"), ("fuse | fus", "fuse")])
