@@ -20,6 +20,7 @@ from martlet.engine.base import Engine, Op, Piece, Session, file_in, together
 if TYPE_CHECKING:
     import openvino as ov
 
+XML, BIN = "model.xml", "model.bin"
 CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 KERNEL_PRECISIONS = {"i8": "i8", "u8": "i8", "bf16": "bf16", "f16": "f16", "f32": "f32", "i32": "i32"}
 WARM_UP = 3
