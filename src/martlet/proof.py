@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,23 +85,32 @@ class Duel:
         from martlet.graph.bits import bit_map
         from martlet.measure import accuracy, fidelity, latency, layers
 
-        size = self.source.preprocess.size
+        preprocess = {"baseline": self.source.preprocess, "artifact": self.compressed.preprocess}
+        sizes = {which: its.size for which, its in preprocess.items()}
         with clock("accuracy"):
             pair = {which: self.open(which, BATCH) for which in self._each("compile")}
-            result = accuracy.logits(pair, test, self.source.preprocess, self.progress)
+            result = accuracy.logits(pair, test, preprocess, self.progress)
         with clock("latency"):
             plain = [p for p in self.engine.alternatives() if p != self.source.precision]
             sessions = {which: self.open(which, 1) for which in self._each("compile", "baseline", "artifact", *plain)}
-            probe = np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
-            runs = {which: (lambda session=session: session(probe)) for which, session in sessions.items()}
+            probes = {
+                which: np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
+                for which, size in sizes.items()
+            }
+            runs = {
+                which: partial(session, probes["artifact" if which == "artifact" else "baseline"])
+                for which, session in sessions.items()
+            }
             times = latency.interleave(runs, seed=self.seed, progress=self.progress)
         with clock("throughput"):
             throughputs = {
-                which: latency.throughput(lambda batch, which=which: self.open(which, batch), size, self.progress)
+                which: latency.throughput(
+                    lambda batch, which=which: self.open(which, batch), sizes[which], self.progress
+                )
                 for which in ("baseline", "artifact")
             }
         with clock("coverage"):
-            covered = {which: self._coverage(sessions[which], probe) for which in self._each("read what ran")}
+            covered = {which: self._coverage(sessions[which], probes[which]) for which in self._each("read what ran")}
         with clock("layers"):
             both = self.graphs["baseline"], self.graphs["artifact"]
             errors = layers.layer_errors(*both, self._probe_images(test), self.progress)
