@@ -64,11 +64,12 @@ class Measure:
         if not (path / store.MANIFEST).is_file():
             start = time.perf_counter()
             model = pipeline.run(self.source, recipe, self.context)
+            graph = pipeline.traced(model)  # once for all
             if self.engine.simulates(model):
                 raise UsageError(f"{self.engine.name} only simulates this recipe")
             with store.writing(path, overwrite=False) as folder:
-                store.seal(folder, model, self.engine.name, store.write_model(folder, model, self.engine))
-            integer, floating = work(model)
+                store.seal(folder, model, self.engine.name, store.write_model(folder, model, self.engine, graph))
+            integer, floating = work(graph)
             seconds = round(time.perf_counter() - start, 3)
             found = {"integer_macs": integer, "float_macs": floating, "seconds": seconds}
             self.folder.put("compressed", recipe.digest(), found)
