@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from martlet.core.report import Coverage, Document, Example, Gate, Latency, Side, StepReport, Throughput
     from martlet.data.images import Images
+    from martlet.data.preprocess import Preprocess
     from martlet.engine.base import Engine, Session
     from martlet.engine.staged import StagedSession
     from martlet.measure.accuracy import Logits
@@ -86,34 +87,41 @@ class Duel:
         from martlet.graph.bits import bit_map
         from martlet.measure import accuracy, fidelity, latency, layers, stages
 
-        size = self.source.preprocess.size
+        preprocess = {"baseline": self.source.preprocess, "artifact": self.compressed.preprocess}
+        sizes = {which: its.size for which, its in preprocess.items()}
         with clock("accuracy"):
             pair = {which: self.open(which, BATCH) for which in self._each("compile")}
-            result = accuracy.logits(pair, test, self.source.preprocess, self.progress)
+            result = accuracy.logits(pair, test, preprocess, self.progress)
         staged = pair["artifact"] if result.exits else None
         with clock("latency"):
             plain = [p for p in self.engine.alternatives() if p != self.source.precision]
             sessions = {which: self.open(which, 1) for which in self._each("compile", "baseline", "artifact", *plain)}
-            probe = np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
-            images = self._images_as_they_leave(test, result) if staged else None
-            calls = [probe] if images is None else [image[None] for image in images]
+            probes = {
+                which: np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
+                for which, size in sizes.items()
+            }
+            images = self._images_as_they_leave(test, result, preprocess) if staged else {}
+            calls = {which: [image[None] for image in images[which]] if images else [probes[which]] for which in sizes}
 
-            def run(session: Session) -> None:
-                for call in calls:
-                    session(call)
+            def run(which: str) -> None:
+                for call in calls["artifact" if which == "artifact" else "baseline"]:
+                    sessions[which](call)
 
-            runs = {which: functools.partial(run, session) for which, session in sessions.items()}
+            runs = {which: partial(run, which) for which in sessions}
             times = latency.interleave(runs, seed=self.seed, progress=self.progress)
-            times = {which: ms / len(calls) for which, ms in times.items()}  # of an image
+            times = {which: ms / len(calls["artifact"]) for which, ms in times.items()}  # of an image
         with clock("throughput"):
             throughputs = {
                 which: latency.throughput(
-                    lambda batch, which=which: self.open(which, batch), size, self.progress, images=images
+                    lambda batch, which=which: self.open(which, batch),
+                    sizes[which],
+                    self.progress,
+                    images=images.get(which),
                 )
                 for which in ("baseline", "artifact")
             }
         with clock("coverage"):
-            covered = {which: self._coverage(sessions[which], probe) for which in self._each("read what ran")}
+            covered = {which: self._coverage(sessions[which], probes[which]) for which in self._each("read what ran")}
         with clock("layers"):
             both = self.graphs["baseline"], self.graphs["artifact"]
             errors = layers.layer_errors(*both, self._probe_images(test), self.progress)
@@ -160,16 +168,18 @@ class Duel:
         if staged is not None:
             session = cast("StagedSession", sessions["artifact"])
             names = self.source.class_names or test.class_names
-            ms = stages.times(session, calls[0], self.seed, self.progress)
+            ms = stages.times(session, calls["artifact"][0], self.seed, self.progress)
             document["exits"] = stages.left(session, result, "artifact", ms, names, test)
         return document
 
-    def _images_as_they_leave(self, test: Images, result: Logits) -> np.ndarray:
-        """Some test images (N, 3, H, W), of which as large a share leaves at each exit as of all."""
+    def _images_as_they_leave(
+        self, test: Images, result: Logits, preprocess: Mapping[str, Preprocess]
+    ) -> dict[str, np.ndarray]:
+        """Some test images (N, 3, H, W), as each side takes them, of which as large a share leaves at each exit as of all."""
         from martlet.measure import stages
 
         chosen = stages.spread(result.exits["artifact"], TIMED)
-        return stages.pick(test, self.source.preprocess, chosen, self.seed)
+        return {which: stages.pick(test, its, chosen, self.seed) for which, its in preprocess.items()}
 
     def _each(self, what: str, *names: str) -> Iterator[str]:
         """The names, or both sides, one after the other, saying how far it is."""

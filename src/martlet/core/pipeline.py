@@ -6,10 +6,14 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from martlet.core.model import Model, Step
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Stage, Technique
+
+if TYPE_CHECKING:
+    from martlet.data.preprocess import Preprocess
 
 
 def run(
@@ -31,13 +35,27 @@ def run(
         context.progress(technique.summary, i, len(recipe.passes))
         enter_(model, technique.stage)
         technique.check(model)
-        start = time.perf_counter()
+        start, preprocess = time.perf_counter(), model.preprocess
         record = technique.apply_(model, context)
         model.steps.append(Step(technique=technique, record=record, seconds=time.perf_counter() - start))
+        if model.preprocess != preprocess:
+            context = _at(context, model.preprocess)
         if after is not None:
             after(model, technique)
     model.facts = facts
     return model
+
+
+def _at(context: Context, preprocess: Preprocess) -> Context:
+    """The context for a model that wants its images otherwise."""
+    from martlet.data.calibration import Resized
+
+    images, training = context.images, context.training
+    return replace(
+        context,
+        images=None if images is None else Resized(images, preprocess),
+        training=None if training is None else training.at(preprocess),
+    )
 
 
 def restore_(model: Model, steps: Iterable[Step]) -> None:

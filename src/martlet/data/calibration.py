@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from martlet.core.errors import DataError
-from martlet.core.technique import Progress, silent
+from martlet.core.technique import Batches, Progress, silent
 from martlet.data.batches import in_batches
 from martlet.data.images import Images
 from martlet.data.preprocess import Preprocess
 
 HELD_BYTES = 512 << 20
 """Crops are held as uint8 up to this size (3,500 of 224 × 224); more are decoded again at every pass."""
+
+
+class Resized:
+    """The same images in the same order at another size: decoded again where they can be, else resized."""
+
+    def __init__(self, images: Batches, preprocess: Preprocess) -> None:
+        self._images, self._preprocess = images, preprocess
+        self.num_images = images.num_images
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if callable(at := getattr(self._images, "at", None)):
+            yield from at(self._preprocess)
+            return
+        for batch in self._images:
+            yield resize(batch, self._preprocess.size)
+
+
+def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """float32 (B, 3, H, W) at another size (H, W)."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 class Calibration:
@@ -41,7 +64,25 @@ class Calibration:
         if n < 1 or batch_size < 1:
             raise DataError(f"calibration needs at least one image and a batch of one, not {n} and {batch_size}")
         self.batch_size = batch_size
-        self.images = images.sample(n, seed)
+        self.images, self._seed = images.sample(n, seed), seed
+        self._others: dict[Preprocess, Calibration] = {}
+        self._decode(preprocess, progress)
+
+    def at(self, preprocess: Preprocess) -> Calibration:
+        """The same images in the same order, preprocessed otherwise; decoded once."""
+        if preprocess == self._preprocess:
+            return self
+        if preprocess not in self._others:
+            twin = self._others[preprocess] = copy.copy(self)
+            twin._decode(preprocess, silent)
+        return self._others[preprocess]
+
+    def _decode(self, preprocess: Preprocess, progress: Progress) -> None:
+        """Holds the crops, if they aren't too many.
+
+        Raises:
+            DataError: too many images are unreadable, or all.
+        """
         self._preprocess = preprocess
         self._held: np.ndarray | None = None
         shape = (len(self.images), *preprocess.size, 3)
@@ -55,10 +96,10 @@ class Calibration:
             self.num_images += 1
             progress("decode calibration images", self.num_images, len(self.images))
         if not self.num_images:
-            raise DataError(f"{images.source} has no image that can be read")
+            raise DataError(f"{self.images.source} has no image that can be read")
         order = np.arange(self.num_images)
         if held is not None:
-            order = np.random.default_rng(seed).permutation(self.num_images)
+            order = np.random.default_rng(self._seed).permutation(self.num_images)
             self._held = held[order]
         known = [label for label in labels if label is not None]
         self.labels = np.array(known)[order] if len(known) == self.num_images else None

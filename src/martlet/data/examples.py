@@ -16,6 +16,7 @@ from torch.nn import functional
 from martlet.core.errors import DataError, RecipeError
 from martlet.core.kept import digest
 from martlet.core.technique import Progress, silent
+from martlet.data.calibration import resize
 from martlet.data.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def at(self, preprocess: Preprocess) -> Examples:
+        """The same images at another size, resized from what was decoded."""
+        if preprocess.size == self.preprocess.size:
+            return Examples(self.pixels, self.labels, preprocess, self.source)
+        resized = (resize(part.float(), preprocess.size) for part in self.pixels.split(SAMPLED))
+        pixels = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in resized])
+        return Examples(pixels, self.labels, preprocess, self.source)
 
     def split(self, n: int, seed: int) -> tuple[Examples, Examples]:
         """n of them, drawn by the seed, and the others."""

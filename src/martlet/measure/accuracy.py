@@ -32,9 +32,14 @@ class Logits:
 
 
 def logits(
-    sessions: Mapping[str, Session], images: Images, preprocess: Preprocess, progress: Progress = silent
+    sessions: Mapping[str, Session],
+    images: Images,
+    preprocess: Preprocess | Mapping[str, Preprocess],
+    progress: Progress = silent,
 ) -> Logits:
     """Decodes each image once and runs it through every session. All sessions have the same batch size.
+
+    preprocess: of all sessions, or of each; images are decoded once for each that differs.
 
     Raises:
         NumericsError: a session gives NaN or infinity; names it and the first such image.
@@ -47,25 +52,28 @@ def logits(
     if len(sizes) != 1:
         raise UsageError(f"sessions that are compared need one batch size, not {sorted(sizes)}")
     [batch_size] = sizes
+    wanted = preprocess if isinstance(preprocess, Mapping) else dict.fromkeys(sessions, preprocess)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in sessions}
     exits: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     labels: list[int | None] = []
     names: list[str] = []
-    for batch, batch_labels, batch_names in batches(images, preprocess, batch_size):
-        n = len(batch)
-        if n < batch_size:  # the last: filled with copies of its first image, whose logits are dropped
-            batch = np.concatenate([batch, np.repeat(batch[:1], batch_size - n, axis=0)])
-        for name, session in sessions.items():
-            values = session(batch)[:n]
-            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-            if bad.size:
-                raise NumericsError(f"{name} gives NaN or infinity, first for the image {batch_names[bad[0]]}")
-            parts[name].append(values)
-            if session.exits is not None:
-                exits[name].append(session.exits[:n])
-        labels += batch_labels
-        names += batch_names
-        progress("run images", len(names), max(len(images), len(names)))
+    for its in dict.fromkeys(wanted[name] for name in sessions):
+        labels, names = [], []
+        for batch, batch_labels, batch_names in batches(images, its, batch_size):
+            n = len(batch)
+            if n < batch_size:  # the last: filled with copies of its first image, whose logits are dropped
+                batch = np.concatenate([batch, np.repeat(batch[:1], batch_size - n, axis=0)])
+            for name in (name for name in sessions if wanted[name] == its):
+                values = sessions[name](batch)[:n]
+                bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+                if bad.size:
+                    raise NumericsError(f"{name} gives NaN or infinity, first for the image {batch_names[bad[0]]}")
+                parts[name].append(values)
+                if (left := sessions[name].exits) is not None:
+                    exits[name].append(left[:n])
+            labels += batch_labels
+            names += batch_names
+            progress("run images", len(names), max(len(images), len(names)))
     if not names:
         raise DataError(f"{images.source} has no image that can be read")
     values, left = ({name: np.concatenate(its) for name, its in each.items()} for each in (parts, exits))

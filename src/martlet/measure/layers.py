@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from martlet.core.model import Model
 from martlet.core.report import Layer
 from martlet.core.technique import Progress, Stage, silent
+from martlet.data.calibration import resize
 
 if TYPE_CHECKING:
     from martlet.graph.sites import Site
@@ -48,13 +49,13 @@ def layer_errors(baseline: Model, compressed: Model, images: Tensor, progress: P
     """SQNR of the output of every multiplication that both models have, each fed by its own predecessors.
 
     It is what the best scale and offset of each channel leave, because exact rewrites move these into other layers.
-    images: float32 (B, 3, H, W). Runs both in torch. Layers that only one of the two has, or that are equal in both,
-    are left out.
+    images: float32 (B, 3, H, W), resized where a model wants it. Runs both in torch. Layers that only one of the two
+    has, or that are equal in both, are left out.
     """
     outputs = []
     for i, model in enumerate((baseline, compressed)):
         progress("compare layers", i, 2)
-        outputs.append(_outputs(model, images))
+        outputs.append(_outputs(model, resize(images, model.preprocess.size)))
     reference, test = outputs
     layers = []
     for name, (site, value) in reference.items():

@@ -35,7 +35,7 @@ FRONT = 12
 """Values of a front that are drawn from."""
 FAR = 3
 """Times the drop that is allowed is where a front ends that is drawn from."""
-FRONT_SHARE = 0.1
+FRONT_SHARE = 0.2
 """Of the time, at most, in which one front is found; what is found by then is drawn from."""
 PROMOTED = 2
 """Of a batch and all before it, how many are compressed for good and measured on the engine."""

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from martlet.recipe_search.screen import losses, work
 if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.data.images import Images
+    from martlet.data.preprocess import Preprocess
     from martlet.engine.base import Engine, Session
 
 BATCH = 8
@@ -62,11 +64,12 @@ class Measure:
         if not (path / store.MANIFEST).is_file():
             start = time.perf_counter()
             model = pipeline.run(self.source, recipe, self.context)
+            graph = pipeline.traced(model)  # once for all
             if self.engine.simulates(model):
                 raise UsageError(f"{self.engine.name} only simulates this recipe")
             with store.writing(path, overwrite=False) as folder:
-                store.seal(folder, model, self.engine.name, store.write_model(folder, model, self.engine))
-            integer, floating = work(model)
+                store.seal(folder, model, self.engine.name, store.write_model(folder, model, self.engine, graph))
+            integer, floating = work(graph)
             seconds = round(time.perf_counter() - start, 3)
             found = {"integer_macs": integer, "float_macs": floating, "seconds": seconds}
             self.folder.put("compressed", recipe.digest(), found)
@@ -100,8 +103,9 @@ class Measure:
         named = {"float": FLOAT} | {recipe.digest(): recipe for recipe in recipes if recipe != FLOAT}
         start = time.perf_counter()
         sessions = self.opened(named, batch=1)
-        times = self.turns(sessions)
-        logits = {name: self._logits(session) for name, session in sessions.items()}
+        preprocess = {name: self.preprocess(recipe) for name, recipe in named.items()}
+        times = self.turns(sessions, preprocess)
+        logits = {name: self._logits(session, preprocess[name]) for name, session in sessions.items()}
         seconds = round((time.perf_counter() - start) / len(named), 3)
         first = self.folder.get("measured", FLOAT.digest())
         float_ms = first["latency_ms"] if first else float(np.median(times["float"]))
@@ -129,8 +133,10 @@ class Measure:
 
         [reference, *_] = recipes
         sessions = self.opened(recipes, BATCH, peers)
-        outcome = accuracy.logits(sessions, images, self.source.preprocess, self.progress)
-        times = self.turns(self.opened(recipes, 1, peers))
+        preprocess = {name: self.preprocess(recipe) for name, recipe in recipes.items()}
+        preprocess |= {name: store.load(path).preprocess for name, path in peers.items()}
+        outcome = accuracy.logits(sessions, images, preprocess, self.progress)
+        times = self.turns(self.opened(recipes, 1, peers), preprocess)
         labels, found = outcome.labels, {}
         known = np.array([label is not None for label in labels])
         wanted = np.array([-1 if label is None else label for label in labels])
@@ -169,13 +175,18 @@ class Measure:
             sessions[name] = store.load(path).open(batch=batch, threads=self.threads, trust_code=True)
         return sessions
 
-    def turns(self, sessions: Mapping[str, Session]) -> dict[str, np.ndarray]:
-        """Milliseconds of each, interleaved, on noise in the shape of an image."""
+    def preprocess(self, recipe: Recipe) -> Preprocess:
+        """How a recipe's model wants its images."""
+        return store.load(self.files(recipe)).preprocess
+
+    def turns(self, sessions: Mapping[str, Session], preprocess: Mapping[str, Preprocess]) -> dict[str, np.ndarray]:
+        """Milliseconds of each, interleaved, on noise in the shape of its image."""
         from martlet.measure.latency import interleave
 
-        shape = (1, 3, *self.source.preprocess.size)
-        probe = np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
-        runs = {name: (lambda session=session: session(probe)) for name, session in sessions.items()}
+        def noise(size: tuple[int, int]) -> np.ndarray:
+            return np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
+
+        runs = {name: partial(session, noise(preprocess[name].size)) for name, session in sessions.items()}
         return interleave(runs, seed=self.seed, min_seconds=space.SECONDS, progress=self.progress)
 
     def file_bytes(self, path: Path) -> int:
@@ -183,9 +194,11 @@ class Measure:
 
         return size.file_bytes(path, store.load(path).manifest["engine_files"])
 
-    def _logits(self, session: Session) -> np.ndarray:
+    def _logits(self, session: Session, preprocess: Preprocess) -> np.ndarray:
+        from martlet.data.calibration import Resized
+
         found: list[np.ndarray] = []
-        for images in self.pool:
+        for images in Resized(self.pool, preprocess):
             found += [session(image[None]) for image in images.numpy()]
             self.progress("run images", len(found), self.pool.num_images)
         return np.concatenate(found)

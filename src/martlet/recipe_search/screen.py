@@ -17,6 +17,7 @@ from martlet.core import pipeline
 from martlet.core.errors import MartletError, NumericsError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress, silent
+from martlet.data.calibration import Resized
 from martlet.recipe_search import confidence
 from martlet.recipe_search.space import context, expected_drops
 
@@ -72,7 +73,7 @@ class Screen:
         integer, floating = work(model)
         logits = []
         with torch.inference_mode():
-            for images in self.judged:
+            for images in Resized(self.judged, model.preprocess):
                 logits.append(model.module(images).numpy())
                 progress("judge on images", sum(map(len, logits)), self.judged.num_images)
         return {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from martlet.core.model import Model
+    from martlet.data.preprocess import Preprocess
     from martlet.engine.base import Engine, Session
     from martlet.recipe_search.record import Record
 
@@ -73,6 +74,12 @@ class First:
     def __init__(self, images: Batches, n: int, skipped: int = 0) -> None:
         self._images, self._skipped = images, skipped
         self.num_images = min(n, images.num_images - skipped)
+
+    def at(self, preprocess: Preprocess) -> First:
+        """The same images, preprocessed otherwise."""
+        from martlet.data.calibration import Resized
+
+        return First(Resized(self._images, preprocess), self.num_images, self._skipped)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         skip, left = self._skipped, self.num_images

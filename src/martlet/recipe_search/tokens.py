@@ -102,7 +102,7 @@ class Tokens(Space[Schedule]):
         data = self.record.data
         if "table" not in data:
             most = self.technique.most(self.taken.patches)
-            grid = sorted({max(1, most * part // 4) for part in (1, 2, 3, 4)})
+            grid = sorted({max(1, most // 2), most})
             half = max(1, self.depth // 2)
             schedules: dict[str, Schedule] = {"base": (), "half": ((half, grid[len(grid) // 2]),)}
             schedules |= {str(r): ((0, r),) for r in grid}
