@@ -175,7 +175,7 @@ class Duel:
     def _images_as_they_leave(
         self, test: Images, result: Logits, preprocess: Mapping[str, Preprocess]
     ) -> dict[str, np.ndarray]:
-        """Some test images (N, 3, H, W), as each side takes them, of which as large a share leaves at each exit as of all."""
+        """Some test images (N, 3, H, W), as each side takes them; at each exit as large a share leaves as of all."""
         from martlet.measure import stages
 
         chosen = stages.spread(result.exits["artifact"], TIMED)
