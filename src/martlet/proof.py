@@ -170,6 +170,7 @@ class Duel:
             names = self.source.class_names or test.class_names
             ms = stages.times(session, calls["artifact"][0], self.seed, self.progress)
             document["exits"] = stages.left(session, result, "artifact", ms, names, test)
+            document["artifact"]["gmacs"] = document["exits"]["mean_gmacs"]
         return document
 
     def _images_as_they_leave(

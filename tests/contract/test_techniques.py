@@ -35,10 +35,12 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name fo
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
-NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder")
+NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
 NEED_LINEARS = ("lora", "lora_ga")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
+NEED_EXITS = {"deer": "has no exits", "window": "has no exits", "cascade": "first names no model"}
+"""Techniques that come after one that adds exits, or need another model, and say so."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
@@ -266,6 +268,10 @@ def test_a_model_of_convolutions(name, tmp_path):
         return
     if name in NEED_INTEGER_FORMS:
         with pytest.raises(UsageError, match=rf"^{name}: timm:repvit_m0_9 has \w+ \(\w+\).* which has no integer form"):
+            run(model, recipe)
+        return
+    if name in NEED_EXITS:
+        with pytest.raises(RecipeError, match=rf"^{name}: .*{NEED_EXITS[name]}"):
             run(model, recipe)
         return
     if name in NEED_BEFORE:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from martlet.cli import bench, compress, demo, explain, inspect, merge, report, search, train
+from martlet.cli import bench, cascade, compress, demo, explain, inspect, merge, report, search, train
 from martlet.cli import eval as evaluation
 from martlet.cli import list as listing
 from martlet.cli.options import expanded
@@ -55,6 +55,7 @@ def martlet(
 
 for _name, _verb in {
     "compress": compress.compress,
+    "cascade": cascade.cascade,
     "train": train.train,
     "merge": merge.merge,
     "demo": demo.demo,

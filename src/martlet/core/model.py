@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,24 @@ class Step:
     technique: Technique
     record: dict[str, Any]
     seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.technique.name,
+            "settings": self.technique.settings(),
+            "record": self.record,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Step:
+        """Raises:
+        RecipeError: a technique or a setting that this version doesn't have.
+        """
+        from martlet.core import registry
+
+        technique = registry.technique(data["name"]).from_settings(data["settings"])
+        return cls(technique=technique, record=data["record"], seconds=data["seconds"])
 
 
 @dataclass(kw_only=True)

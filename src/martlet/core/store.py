@@ -124,14 +124,7 @@ class Artifact:
             origin=saved["origin"],
             class_names=self.class_names,
         )
-        steps = [
-            Step(
-                technique=Recipe.from_yaml(f"martlet: 1\npasses: [{json.dumps({s['name']: s['settings']})}]").passes[0],
-                record=s["record"],
-                seconds=s["seconds"],
-            )
-            for s in self.manifest["steps"]
-        ]
+        steps = [Step.from_json(each) for each in self.manifest["steps"]]
         try:
             pipeline.restore_(model, steps)
             safetensors.torch.load_model(model.module, str(self.path / WEIGHTS))
@@ -276,10 +269,7 @@ def seal(folder: Path, model: Model, engine: str, engine_files: Sequence[str]) -
             "precision": model.precision,
             "simulated": engines.get(engine).simulates(model),
         },
-        "steps": [
-            {"name": s.technique.name, "settings": s.technique.settings(), "record": s.record, "seconds": s.seconds}
-            for s in model.steps
-        ],
+        "steps": [step.to_json() for step in model.steps],
         "files": files,
     }
     _write_json(folder / MANIFEST, manifest)

@@ -67,7 +67,9 @@ class ONNXRuntimeSession(Session):
         inputs = together(images)
         graph = onnx.load(self._path).graph
         with tempfile.TemporaryDirectory() as folder:
-            plain = _run(self._path, [each[:1] for each in inputs], 1, self.threads, Path(folder, "plain"), optimize=False)
+            plain = _run(
+                self._path, [each[:1] for each in inputs], 1, self.threads, Path(folder, "plain"), optimize=False
+            )
             executed = _run(self._path, inputs, repeats, self.threads, Path(folder, "optimized"))
             optimized = onnx.load(Path(folder, "optimized.onnx"), load_external_data=False).graph
         outputs = {node.name: tuple(node.output) for node in optimized.node}

@@ -201,7 +201,9 @@ class StagedSession(Session):
         parts, start = [], 0
         while start < n:
             size = next(size for size in sessions if size <= n - start)
-            parts.append([np.array(each) for each in sessions[size].run([each[start : start + size] for each in inputs])])
+            parts.append(
+                [np.array(each) for each in sessions[size].run([each[start : start + size] for each in inputs])]
+            )
             start += size
         return [np.concatenate(each) for each in zip(*parts, strict=True)]
 

@@ -64,9 +64,7 @@ class TorchSession(Session):
     module: the stage of the model, if not all of it.
     """
 
-    def __init__(
-        self, model: Model, batch: int, precision: str, threads: int, module: nn.Module | None = None
-    ) -> None:
+    def __init__(self, model: Model, batch: int, precision: str, threads: int, module: nn.Module | None = None) -> None:
         self.batch, self.threads = batch, threads
         self._size, self._dtype = model.preprocess.size, DTYPES[precision]
         module = module or model.module

@@ -129,6 +129,21 @@ def solve(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budget:
     return best
 
 
+def around(confidence: np.ndarray, coverage: float, width: float) -> tuple[float, float]:
+    """The window [low, high) of confidence (N,) around the border above which a share `coverage` of images is answered.
+
+    It holds a share `width` of the images, as many below the border as above, as far as there are so many.
+    Source: Xia and Bouganis, 2023, arXiv 2303.08010, section 3.2.
+    """
+    count, rising = len(confidence), np.sort(confidence)
+    inside, border = round(width * count), round((1 - coverage) * count)
+    first = min(max(border - inside // 2, 0), count - inside)
+    if not inside:
+        return math.inf, math.inf  # nothing is in it
+    low = -math.inf if first == 0 else float(rising[first])
+    return low, math.inf if first + inside == count else float(rising[first + inside])
+
+
 def held_out(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budget: Budget) -> Plan | None:
     """What the solver gives on images that it doesn't see: solved on each half of them and tried on the other; the mean
     of both. The thresholds are those of the first half. None where a half has no plan."""
@@ -142,7 +157,10 @@ def held_out(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budg
         found.append(plan(confidences[:, unseen], right[:, unseen], costs, solved.thresholds))
     first, second = found
     return Plan(
-        first.thresholds, (first.share + second.share) / 2, (first.cost + second.cost) / 2, (first.wrong + second.wrong) / 2
+        first.thresholds,
+        (first.share + second.share) / 2,
+        (first.cost + second.cost) / 2,
+        (first.wrong + second.wrong) / 2,
     )
 
 

@@ -25,9 +25,7 @@ BATCH = 8
 """Images that are decoded at once."""
 
 
-def stage_ms(
-    model: Model, engine: str, image: np.ndarray, seed: int = 0, progress: Progress = silent
-) -> list[float]:
+def stage_ms(model: Model, engine: str, image: np.ndarray, seed: int = 0, progress: Progress = silent) -> list[float]:
     """Median milliseconds of each stage on an image, float32 (1, 3, H, W), at batch 1, interleaved, as if it never left.
 
     Raises:
@@ -106,9 +104,7 @@ def left(
     }
 
 
-def _examples(
-    found: Logits, which: str, names: tuple[str, ...] | None, test: Images, n: int = 4
-) -> list[ExitExample]:
+def _examples(found: Logits, which: str, names: tuple[str, ...] | None, test: Images, n: int = 4) -> list[ExitExample]:
     """The first n images that left first, and the first n that left last."""
     exits, values = found.exits[which], found.values[which]
     order = np.argsort(exits, kind="stable")

@@ -63,7 +63,9 @@ class DeeR(Technique):
     name: ClassVar[str] = "deer"
     stage: ClassVar[Stage] = Stage.GRAPH
     summary: ClassVar[str] = "thresholds of exits, solved on calibration images for a budget"
-    paper: ClassVar[str] = "Yue et al., DeeR-VLA: Dynamic Inference of Multimodal Large Language Models, 2024, arXiv 2411.02359"
+    paper: ClassVar[str] = (
+        "Yue et al., DeeR-VLA: Dynamic Inference of Multimodal Large Language Models, 2024, arXiv 2411.02359"
+    )
     needs_images: ClassVar[bool] = True
 
     max_drop: float | None = None
@@ -86,7 +88,9 @@ class DeeR(Technique):
             raise RecipeError("deer: give budgets of cost in milliseconds or in GMACs, not in both")
         mean, most = self._cost("mean"), self._cost("max")
         if mean is not None and most is not None and mean > most:
-            raise RecipeError(f"deer: a mean of {mean:g} {self._unit} is more than the {most:g} that any image may cost")
+            raise RecipeError(
+                f"deer: a mean of {mean:g} {self._unit} is more than the {most:g} that any image may cost"
+            )
 
     def _in_ms(self) -> bool:
         return not (self.mean_latency_ms is self.max_latency_ms is None)
@@ -188,7 +192,9 @@ class DeeR(Technique):
         if budget.risk is None:
             return None
         sure = 100 * (1 - self.doubt)
-        return f"at most {100 * budget.risk:g} % wrong on images like the calibration images, with {sure:g} % confidence"
+        return (
+            f"at most {100 * budget.risk:g} % wrong on images like the calibration images, with {sure:g} % confidence"
+        )
 
 
 def _ask(parts: Sequence[Part], images: Batches, context: Context) -> tuple[np.ndarray, np.ndarray]:

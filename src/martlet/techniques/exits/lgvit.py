@@ -36,8 +36,8 @@ class LGViT(TrainedExits):
     image takes an exit before thresholds are set (`deer`).
 
     Args:
-        features: weight of the losses that draw the features of heads to those of the last head of their kind, and those
-            of the first and last of each kind to the model's last tokens.
+        features: weight of the losses that draw the features of heads to those of the last head of their kind, and
+            those of the first and last of each kind to the model's last tokens.
         rate: the highest learning rate, of the heads alone.
 
     Shape: none changes. The logits are those of the exit at which an image leaves.
@@ -58,7 +58,9 @@ class LGViT(TrainedExits):
 
     name: ClassVar[str] = "lgvit"
     summary: ClassVar[str] = "early exits with local heads first and global heads later, trained on the frozen model"
-    paper: ClassVar[str] = "Xu et al., LGViT: Dynamic Early Exiting for Accelerating Vision Transformer, 2023, arXiv 2308.00255"
+    paper: ClassVar[str] = (
+        "Xu et al., LGViT: Dynamic Early Exiting for Accelerating Vision Transformer, 2023, arXiv 2308.00255"
+    )
     requires: ClassVar[frozenset[Fact]] = TrainedExits.requires | {Fact.ALL_TOKENS}
 
     features: float = 0.1
@@ -72,7 +74,9 @@ class LGViT(TrainedExits):
         super().check(model)
         vit = view(model.module)
         if vit.family == "vit" and vit.tokens.grid is None:
-            raise RecipeError(f"lgvit: {model.name} takes any image size, so its patches have no grid; linear_exits can")
+            raise RecipeError(
+                f"lgvit: {model.name} takes any image size, so its patches have no grid; linear_exits can"
+            )
 
     def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:
         local, read = -(-len(after) // 2), readout(vit)

@@ -109,10 +109,8 @@ class OwnHead(nn.Module):
         if self.order == "norm first":
             x = self.norm(x)
         tokens, patches = x.flatten(1, -2), self.readout.split(x)[1]
-        if not self.readout.num_class:
-            read = [patches.mean(1)]
-        else:
-            read = [tokens[:, i] for i in range(len(self.fcs))]  # a distilled model has a classifier for each token
+        # A distilled model has a classifier for each of its two tokens.
+        read = [tokens[:, i] for i in range(len(self.fcs))] if self.readout.num_class else [patches.mean(1)]
         if self.order == "read first":
             read = [self.norm(each) for each in read]
         return torch.stack([fc(each) for fc, each in zip(self.fcs, read, strict=True)]).mean(0)

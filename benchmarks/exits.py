@@ -1,0 +1,261 @@
+"""What stopping early saves and costs: exits on a small ViT and CIFAR-10, and a cascade on ImageNet.
+
+    python benchmarks/exits.py --parts accuracy       # a quarter of an hour on two quiet cores
+    python benchmarks/exits.py --parts latency        # ten minutes, with nothing else running
+
+Writes results/exits.json. Thresholds are solved on calibration images and judged on test images that nothing was
+learned from. Rows that are there already aren't done again, and training that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import peers
+from cifar import ASSETS, CLASSES, MEAN, STD
+from martlet import engine as engines
+from martlet.cli.terminal import note, working
+from martlet.core import pipeline, report, store
+from martlet.core.errors import MartletError
+from martlet.core.kept import Kept
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Progress
+from martlet.data import open_images
+from martlet.data.calibration import Calibration
+from martlet.data.examples import Examples
+from martlet.data.images import Images
+from martlet.functional.exits import Budget, plan, solve
+from martlet.graph.stages import cumulative_macs, run, stages
+from martlet.measure import latency
+from martlet.measure.stages import pick, spread
+from martlet.source import load_model
+
+WEIGHTS = "vit_d128x4.cifar10.safetensors"
+KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
+NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
+TRAINING = "{epochs: 4.0, batch: 64}"
+EXITS = {
+    "linear_exits": f"[linear_exits: {TRAINING}]",
+    "lgvit": f"[lgvit: {TRAINING}]",
+    "lgvit, int8": f"[lgvit: {TRAINING}, int8]",
+    "mue": "[mue]",
+}
+"""Passes on the small ViT, by the name of the row."""
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Mean budgets, of what the last exit costs."""
+DROPS = (0.5, 1.0, 2.0)
+"""Points of top-1 that may be lost on the calibration images."""
+MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
+MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
+BATCHES = (1, 16)
+TIMED = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fills in the rows that are missing. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency"), default=("accuracy", "latency"))
+    parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "exits.json")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
+    options = parser.parse_args(argv)
+    document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    document = {"about": __doc__, "accuracy": {}, "latency": {}} | document
+    jobs = {name: functools.partial(small, name, passes) for name, passes in EXITS.items()} | {"cascade": cascade}
+    try:
+        for part in options.parts:
+            for name, job in jobs.items():
+                if name in document[part]:
+                    continue
+                with working(f"{part} of {name}") as progress:
+                    document[part][name] = job(part, options.assets, options.out, progress)
+                peers.write(options.out, document)
+                note(f"{part} of {name} is in {options.out}")
+    except MartletError as error:
+        note(str(error))
+        return error.exit_status
+    shutil.rmtree(Kept.beside(options.out).folder, ignore_errors=True)
+    return 0
+
+
+def small(name: str, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A row of the small ViT."""
+    source = load_model(
+        "timm:vit_tiny_patch16_224",
+        weights=assets / "weights" / WEIGHTS,
+        model_kwargs=KWARGS,
+        num_classes=CLASSES,
+        preprocess={"size": (32, 32), "resize": 32, "mean": MEAN, "std": STD},
+    )
+    pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=NUM_TRAIN + NUM_CALIB, seed=0)
+    calib, train = pool.split(NUM_CALIB, seed=0)
+    test = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
+    context = Context(
+        images=Calibration(calib, source.preprocess, n=NUM_CALIB, seed=0),
+        training=Examples.read(train, source.preprocess, CLASSES, progress),
+        engine="openvino",
+        int8=engines.get("openvino").int8,
+        progress=progress,
+        kept=Kept.beside(out),
+    )
+    model = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {passes}"), context)
+    return judge(source, pipeline.traced(model), context.images, test, part, progress)
+
+
+def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """EfficientNet-Lite0 before ViT-Ti, on ImageNet: half of the images to calibrate, the others to test."""
+    first, last = (assets / "weights" / file for file in MEMBER_WEIGHTS)
+    source = load_model(MEMBERS[1], weights=last)
+    images = open_images(assets / "data" / "imagenet1k-val-227px" / "test.parquet")
+    calib, test = images.split(len(images) // 2, seed=0)
+    calibration = Calibration(calib, source.preprocess, n=len(calib), seed=0)
+    recipe = Recipe.from_yaml(f"martlet: 1\npasses: [{{cascade: {{first: ['{MEMBERS[0]}={first}']}}}}]")
+    model = pipeline.run(source, recipe, Context(images=calibration, progress=progress))
+    found = judge(source, model, calibration, test, part, progress)
+    if part == "accuracy":
+        alone = load_model(MEMBERS[0], weights=first)
+        found["alone"] = [_alone(each, test, progress) for each in (alone, source)]
+    return found
+
+
+def judge(
+    source: Model, model: Model, images: Any, test: Images, part: str, progress: Progress, seed: int = 0
+) -> dict[str, Any]:
+    """model: traced, with exits that no image takes yet."""
+    parts = stages(model.module)  # type: ignore[arg-type]
+    gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
+    seen = ask(parts, ((batch, None) for batch in images), progress)
+    right = seen["answers"] == images.labels
+    if part == "latency":
+        return timed(source, model, parts, seen["confidences"], right, gmacs, test, progress, seed)
+    unseen = ask(parts, _labelled(test, model), progress)
+    truth = unseen["answers"] == unseen["labels"]
+    rows = []
+    for kind, values in (("mean", [share * gmacs[-1] for share in SHARES]), ("drop", DROPS)):
+        for value in values:
+            budget = Budget(mean=value) if kind == "mean" else Budget(lost=value / 100)
+            solved = solve(seen["confidences"], right, gmacs, budget)
+            if solved is None or (kind == "mean" and value < gmacs[0]):
+                continue
+            there = plan(unseen["confidences"], truth, gmacs, solved.thresholds)
+            rows.append(
+                {
+                    kind: value,
+                    "thresholds": [str(each) for each in solved.thresholds],
+                    "calibration": {"gmacs": solved.cost, "top1_pct": 100 * (1 - solved.wrong)},
+                    "test": {
+                        "gmacs": there.cost,
+                        "top1_pct": 100 * (1 - there.wrong),
+                        "share_pct": (100 * there.share).tolist(),
+                    },
+                }
+            )
+    return {
+        "model": model.name,
+        "gmacs": gmacs.tolist(),
+        "n_calibration": right.shape[1],
+        "n_test": truth.shape[1],
+        "top1_pct": (100 * truth.mean(1)).tolist(),
+        "budgets": rows,
+        "environment": report.environment(("torch", "timm", "openvino", "numpy")),
+    }
+
+
+def ask(parts: Sequence[Any], batches: Any, progress: Progress) -> dict[str, np.ndarray]:
+    """Every exit's confidence (E, N) and answer (E + 1, N), and the labels."""
+    confidences, answers, labels = [], [], []
+    for i, (batch, known) in enumerate(batches):
+        with torch.inference_mode():
+            found = [[*given.values()] for given in run(parts, batch)]
+        confidences.append(np.stack([values[1].numpy() for values in found[:-1]]))
+        answers.append(np.stack([values[0].argmax(1).numpy() for values in found]))
+        labels += known or []
+        progress("batches through every exit", i, i + 1)
+    return {
+        "confidences": np.concatenate(confidences, 1),
+        "answers": np.concatenate(answers, 1),
+        "labels": np.array(labels),
+    }
+
+
+def timed(
+    source: Model,
+    model: Model,
+    parts: Sequence[Any],
+    confidences: np.ndarray,
+    right: np.ndarray,
+    gmacs: np.ndarray,
+    test: Images,
+    progress: Progress,
+    seed: int,
+) -> dict[str, Any]:
+    """Mean milliseconds of an image on OpenVINO: the untouched model, all stages without leaving, and within a point."""
+    from martlet.functional.exits import decide
+    from martlet.graph.stages import leaves, window
+
+    solved = solve(confidences, right, gmacs, Budget(lost=0.01))
+    assert solved is not None
+    for exit_, threshold in zip(leaves(model.module), solved.thresholds, strict=True):  # type: ignore[arg-type]
+        window(model.module, exit_).copy_(torch.tensor([-np.inf, threshold]))  # type: ignore[arg-type]
+    unseen = ask(parts, _labelled(test, model), progress)
+    exits = decide(unseen["confidences"], solved.thresholds)
+    images = pick(test, model.preprocess, spread(exits, TIMED), seed)
+    target, found = engines.get("openvino"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for which, its in (("source", source), ("staged", model)):
+            path = Path(folder, which)
+            path.mkdir()
+            store.seal(path, its, "openvino", store.write_model(path, its, target))
+        for batch in BATCHES:
+            sessions = {which: target.open(Path(folder, which), batch=batch) for which in ("source", "staged")}
+            sessions["never"] = target.open(Path(folder, "staged"), batch=batch)
+            sessions["never"].leaving = False  # type: ignore[attr-defined]
+            groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+            runs = {which: functools.partial(_each, session, groups) for which, session in sessions.items()}
+            ms = latency.interleave(runs, seed=seed, progress=progress)
+            found[str(batch)] = {
+                which: {
+                    "ms": {k: v / len(groups) / batch if k != "n" else v for k, v in latency.summary(times).items()},
+                    "speedup": latency.ratio(ms["source"], times, seed),
+                }
+                for which, times in ms.items()
+            }
+    return {"thresholds": [str(t) for t in solved.thresholds], "batches": found, "environment": report.environment()}
+
+
+def _each(session: Any, groups: Sequence[np.ndarray]) -> None:
+    for group in groups:
+        session(group)
+
+
+def _alone(model: Model, test: Images, progress: Progress) -> dict[str, Any]:
+    from martlet.measure.macs import macs
+
+    right = []
+    for batch, labels in _labelled(test, model):
+        with torch.inference_mode():
+            right += (model.module(batch).argmax(1) == torch.tensor(labels)).tolist()
+        progress("images through the model alone", len(right), len(test))
+    return {"model": model.name, "gmacs": macs(model) / 1e9, "top1_pct": 100 * float(np.mean(right))}
+
+
+def _labelled(images: Images, model: Model) -> Any:
+    from martlet.data.batches import batches
+
+    for batch, labels, _ in batches(images, model.preprocess, 16):
+        yield torch.from_numpy(batch), labels
+
+
+if __name__ == "__main__":
+    sys.exit(main())
