@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from martlet.functional.quantize.lsq import gradient_scale, round_with_step
 from martlet.functional.quantize.packing import pack
+from martlet.functional.structure.sparsity import pattern_of
 from martlet.nn.quantizers import ActivationQuantizer, PackedWeightQuantizer, TableQuantizer
 
 EDGE = 0.499
@@ -85,6 +86,14 @@ class LearnedWeight(nn.Module):
         factor = self.factor * self.damping + self.factor.detach() * (1 - self.damping)  # its gradient is damped
         scale = self._wide(self.quantizer.scale * factor)
         return self.quantizer.unflatten(round_with_step(self.weight, scale, self.low, self.high))
+
+    @torch.no_grad()
+    def make_zero_(self, zeros: int, of: int, run: int) -> None:
+        """Begins at exactly zero where that keeps so many of each so many neighbors zero; else leaves all as it is."""
+        values, _, zero = self.quantizer.integers()
+        gone = pattern_of(values == (0 if zero is None else self._wide(zero)), self.weight, zeros, of, run)
+        if gone is not None:
+            self.weight.masked_fill_(gone, 0)
 
     def finish_(self) -> None:
         quantizer = self.quantizer

@@ -19,6 +19,7 @@ from martlet.training import checkpoint
 from martlet.training.history import History
 from martlet.training.objective import RATE, Batch, Objective
 from martlet.training.order import Order, own_randomness, processes, seed_
+from martlet.training.zeros import hold_zeros_, leaves_zeros
 
 if TYPE_CHECKING:
     from martlet.training.technique import Training
@@ -153,6 +154,8 @@ class _Run:
         learned = [parameter for group in groups for parameter in group["params"]]
         if not learned:
             raise RecipeError(f"{settings.name} finds no parameter of {self.model.name} to train")
+        if leaves_zeros(self.model):
+            hold_zeros_(learned)
         optimizer = torch.optim.AdamW(groups, fused=True)
         ema = ModelEmaV3(student, decay=settings.ema, use_warmup=True) if settings.ema else None
         pair = self.accelerator.prepare(_Pair(student, objective))

@@ -24,23 +24,29 @@ from martlet.vit.view import BlockView, LinearView, view
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity(Technique):
-    """What makes so many of each so many neighboring weights of every Linear in a block zero.
+    """What makes so many of each so many neighboring weights of every Linear in a block zero. Training leaves them so.
 
     Args:
         zeros: how many of the neighbors in a row become zero.
         of: how many neighbors there are; `zeros: 2, of: 4` is what sparse tensor cores take.
+        run: how many zeros stand together; `zeros: 4, of: 8, run: 2` is what the cores take in 4 bits.
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
     needs_images: ClassVar[bool] = True
 
+    leaves_zeros: ClassVar[bool] = True
+
     zeros: int = 2
     of: int = 4
+    run: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.zeros < self.of:
             raise RecipeError(f"{self.name}: zeros is from 0 to less than of, not {self.zeros} of {self.of}")
+        if self.run < 1 or self.zeros % self.run or self.of % self.run:
+            raise RecipeError(f"{self.name}: run has to divide zeros and of, and {self.run} doesn't")
 
     @abstractmethod
     def sparse(self, weight: Tensor, xx: Tensor) -> Tensor:

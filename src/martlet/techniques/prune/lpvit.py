@@ -52,6 +52,7 @@ class LPViT(Technique):
     paper: ClassVar[str] = "Xu et al., LPViT: Low-Power Semi-structured Pruning, 2024, arXiv 2407.02068"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
     needs_images: ClassVar[bool] = True
+    leaves_zeros: ClassVar[bool] = True
 
     prune_ratio: float = 0.2
     block: int = 16

@@ -35,4 +35,4 @@ class SparseGPT(Sparsity):
     paper: ClassVar[str] = "Frantar and Alistarh, SparseGPT, 2023, arXiv 2301.00774"
 
     def sparse(self, weight: Tensor, xx: Tensor) -> Tensor:
-        return sparsegpt(weight, xx, self.zeros, self.of)
+        return sparsegpt(weight, xx, self.zeros, self.of, self.run)

@@ -33,4 +33,4 @@ class Wanda(Sparsity):
     paper: ClassVar[str] = "Sun et al., A Simple and Effective Pruning Approach (Wanda), 2023, arXiv 2306.11695"
 
     def sparse(self, weight: Tensor, xx: Tensor) -> Tensor:
-        return wanda(weight, xx, self.zeros, self.of)
+        return wanda(weight, xx, self.zeros, self.of, self.run)

@@ -16,6 +16,7 @@ from martlet.graph.trace import trace
 from martlet.nn.straight_through import Learned, LearnedWeight, Passing, learned
 from martlet.training.objective import RATE, Batch, Objective, Teacher
 from martlet.training.technique import Training
+from martlet.vit.sparsity import Sparsity
 
 STEP_RATE = 0.5
 """Of a step's learning rate, over that of weights. Steps are learned relative to what they were."""
@@ -27,7 +28,8 @@ class LSQ(Training):
 
     Comes after what quantizes (`uniform | lsq`, `martlet | lsq`, `gptq | lsq`), and keeps its grids: weights of 2 to 7
     bits move in floating point and are rounded whenever they are used, and their steps, the scales of activations,
-    biases, norms and whatever isn't rounded train along. Weights of 8 bits and zero points stay.
+    biases, norms and whatever isn't rounded train along. Weights of 8 bits and zero points stay, and so do zeros that
+    `sparsegpt` or `wanda` made.
 
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
@@ -61,15 +63,25 @@ class LSQ(Training):
             raise RecipeError(f"lsq: the teacher {teacher.name} is rounded itself; give another, as it was before")
         graph = teacher.stage is Stage.GRAPH
         untouched = teacher.module if graph else trace(teacher.copy().module, teacher.preprocess.size)
-        return Rounded(Teacher(teacher, model), dict(untouched.named_parameters()))
+        return Rounded(Teacher(teacher, model), dict(untouched.named_parameters()), pattern(model))
+
+
+def pattern(model: Model) -> tuple[int, int, int] | None:
+    """That of the zeros which a technique before has left."""
+    found = (step.technique for step in model.steps if isinstance(step.technique, Sparsity))
+    return next(((its.zeros, its.of, its.run) for its in found if its.zeros), None)
 
 
 class Rounded(Objective):
-    """weights: of the model before anything was rounded, by name, to begin from where the shape is the same."""
+    """weights: of the model before anything was rounded, by name, to begin from where the shape is the same.
+    sparsity: zeros, of how many, and how many together, of weights that are so sparse; they stay zero.
+    """
 
-    def __init__(self, teacher: Teacher, weights: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, teacher: Teacher, weights: dict[str, nn.Parameter], sparsity: tuple[int, int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.teacher, self._weights = teacher, weights
+        self.teacher, self._weights, self._sparsity = teacher, weights, sparsity
         self.layers: dict[str, Learned] = {}
 
     def prepare_(self, student: nn.Module) -> None:
@@ -79,6 +91,8 @@ class Rounded(Objective):
             device = next((b.device for b in module.buffers()), None)
             layer = learned(module, None if start is None else start.to(device))
             if layer is not None:
+                if self._sparsity and isinstance(layer, LearnedWeight):
+                    layer.make_zero_(*self._sparsity)
                 self.layers[name] = layer.to(device)
                 student.set_submodule(name, layer)
 
