@@ -39,6 +39,8 @@ NEED_HEADS = ("comcat", "adapter", "vpt", "ladder")
 """Techniques of other families that say so too."""
 NEED_LINEARS = ("lora", "lora_ga")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
+NEED_TWO_TOKENS = ("deit_lt",)
+"""Techniques for models with a distillation token, which say so of others."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
@@ -254,6 +256,10 @@ def test_a_model_of_convolutions(name, tmp_path):
     recipe = Recipe((registry.technique(name)(),))
     if registry.entries()[name].family in NEED_TOKENS or name in NEED_HEADS:
         with pytest.raises(SourceError, match="no vision transformer"):
+            run(model, recipe)
+        return
+    if name in NEED_TWO_TOKENS:
+        with pytest.raises(RecipeError, match=rf"^{name}: .* has no distillation token"):
             run(model, recipe)
         return
     if name in NEED_LINEARS:
