@@ -18,7 +18,7 @@ from martlet.core.technique import Context
 from martlet.data.examples import Examples
 from martlet.data.preprocess import Preprocess
 from martlet.functional.distillation import effective_weights
-from martlet.functional.quantize.expansion import GREATEST, RANGE, contract, expand
+from martlet.functional.expansion import GREATEST, RANGE, contract, expand
 from martlet.source import load_model
 from martlet.techniques.distill.deit_lt import DeitLt
 from martlet.techniques.train.coat import Coat

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from martlet.functional.quantize.expansion import Expanded, contract, expand
+from martlet.functional.expansion import Expanded, contract, expand
 
 GROUP = 128
 """Numbers that share a scale and a power."""
