@@ -41,11 +41,13 @@ NEED_LINEARS = ("lora", "lora_ga")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
 NEED_EXITS = {"deer": "has no exits", "window": "has no exits", "cascade": "first names no model"}
 """Techniques that come after one that adds exits, or need another model, and say so."""
+NEED_TWO_TOKENS = ("deit_lt",)
+"""Techniques for models with a distillation token, which say so of others."""
 NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
-NEED_BEFORE = {"lsq": "rounded", "pela": "factorized"}
+NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "pela": "factorized"}
 """Techniques that come after one that does something to the model, and say so."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 MODELS = {
@@ -256,6 +258,10 @@ def test_a_model_of_convolutions(name, tmp_path):
     recipe = Recipe((registry.technique(name)(),))
     if registry.entries()[name].family in NEED_TOKENS or name in NEED_HEADS:
         with pytest.raises(SourceError, match="no vision transformer"):
+            run(model, recipe)
+        return
+    if name in NEED_TWO_TOKENS:
+        with pytest.raises(RecipeError, match=rf"^{name}: .* has no distillation token"):
             run(model, recipe)
         return
     if name in NEED_LINEARS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,3 +44,21 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """‖s - t‖² / ‖t‖², of features of any shape: 1 for a student that gives nothing, on whatever scale."""
     student, teacher = student.float(), teacher.float()
     return (student - teacher).square().sum() / teacher.square().sum()
+
+
+def spread(values: Float[Tensor, "b k"], classes: Int[Tensor, "b k"], num_classes: int) -> Float[Tensor, "b n"]:
+    """Probabilities of all classes, of which the k largest are known: what is left is shared evenly by the others.
+
+    Source: Wu et al., TinyViT, 2022, arXiv 2207.10666, section 3.1.
+    """
+    left = (1 - values.sum(1, keepdim=True)).clamp(min=0) / max(num_classes - values.shape[1], 1)
+    return left.expand(-1, num_classes).scatter(1, classes, values)
+
+
+def effective_weights(counts: Float[Tensor, " k"], beta: float) -> Float[Tensor, " k"]:
+    """By class, (1 - β) / (1 - β^n) of its n images, scaled to a mean of 1; a class without any counts as one image.
+
+    Source: Cui et al., Class-Balanced Loss, 2019, arXiv 1901.05555, equation 2.
+    """
+    weights = (1 - beta) / (1 - beta ** counts.double().clamp(min=1))
+    return (weights / weights.mean()).float()

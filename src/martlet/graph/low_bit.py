@@ -63,7 +63,8 @@ class LowBit(Technique):
         steps: in which each block learns how its weights round and its activations scale, on all calibration images
             (AdaRound, LSQ, QDrop); 0 leaves everything as it was chosen.
         objective: what a block keeps small: `mse`, `perturbation` (APHQ-ViT) or `fisher` (FIMA-Q).
-        freedom: what is learned of a weight: `rounding`, whether it goes up or down; `weights`, where it goes.
+        freedom: what is learned of a weight: `rounding`, whether it goes up or down; `weights`, where it goes; `all`,
+            that and the steps of its grid.
         optimizer: of what is learned: `adam` or `adamax`.
         allocation: `equal`, the same bits everywhere; else bits for each multiplication, judged by the squared error of
             the logits to first order (`greedy`, or `milp`, exactly) or by LRP-QViT's `relevance`, exactly.

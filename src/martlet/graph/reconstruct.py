@@ -23,6 +23,7 @@ from martlet.functional.quantize.adaround import (
     rounding_regularizer,
     soft_weight,
 )
+from martlet.functional.quantize.lsq import round_with_step
 from martlet.functional.quantize.packing import pack
 from martlet.graph.objectives import Block, Loss
 from martlet.graph.segments import blocks, extract
@@ -31,7 +32,7 @@ from martlet.nn.straight_through import LearnedScale, Passing
 
 BATCH = 8
 """Images in a step. On CPU cores a step's time grows with them."""
-FREEDOMS = ("rounding", "weights")
+FREEDOMS = ("rounding", "weights", "all")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
 
 
@@ -40,11 +41,11 @@ class Learning:
     """How a block learns.
 
     steps: of an optimizer, one of OPTIMIZERS, on BATCH images each. freedom: one of FREEDOMS: with `rounding` a weight
-    goes up or down from where it is, with `weights` it goes anywhere. weight_rate, scale_rate, float_rate: learning
-    rates of weights, in steps of their grid; of scales of activations; and of what isn't rounded (biases, norms, other
-    weights), where 0 leaves it; the latter two are relative to what they change and fall to zero along a cosine. drop:
-    the share of a block's input that is float. decide: the weight of the regularizer that drives each weight to one
-    side, against a loss that starts at 1.
+    goes up or down from where it is, with `weights` it goes anywhere, with `all` the steps of its grid are learned too.
+    weight_rate, scale_rate, float_rate: learning rates of weights, in steps of their grid; of scales of activations and
+    steps of weights; and of what isn't rounded (biases, norms, other weights), where 0 leaves it; the latter two are
+    relative to what they change and fall to zero along a cosine. drop: the share of a block's input that is float.
+    decide: the weight of the regularizer that drives each weight to one side, against a loss that starts at 1.
     """
 
     steps: int = 300
@@ -164,6 +165,35 @@ class _FreeWeight(_LearnedWeight):
         return self.quantizer.unflatten((self.v + (rounded - self.v.detach())) * self.scale)
 
 
+class _WholeWeight(_LearnedWeight):
+    """A weight that moves, and the steps of its grid with it (Chen et al., EfficientQAT, 2025, section 3.2)."""
+
+    def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
+        super().__init__(quantizer, weight)
+        self.position = self.rows / self.scale
+        self.v = nn.Parameter(torch.zeros_like(self.position))
+        self.factor = nn.Parameter(torch.ones_like(quantizer.scale))
+
+    def _wide(self) -> Tensor:
+        return self.scale * self.factor.repeat_interleave(self.quantizer.group_size, 1)
+
+    def codes(self) -> Tensor:
+        ratio = (self.position + self.v.detach()) * self.scale / self._wide().detach()
+        return (ratio.round() + self.zero).clamp(0, 2**self.quantizer.bits - 1)
+
+    def forward(self) -> Tensor:
+        low, high = -self.zero, 2**self.quantizer.bits - 1 - self.zero
+        rows = (self.position + self.v) * self.scale
+        return self.quantizer.unflatten(round_with_step(rows, self._wide(), low, high))
+
+    def finish_(self) -> None:
+        super().finish_()
+        self.quantizer.scale.mul_(self.factor.detach())
+
+
+KINDS = {"rounding": _SoftWeight, "weights": _FreeWeight, "all": _WholeWeight}
+
+
 class _Learner:
     """A block whose quantizers have parameters while it learns."""
 
@@ -173,7 +203,7 @@ class _Learner:
         self.scales: dict[str, LearnedScale] = {}
         self.passing: dict[str, Passing] = {}
         self.floats = list(module.parameters())
-        kind = _SoftWeight if freedom == "rounding" else _FreeWeight
+        kind = KINDS[freedom]
         for node in module.graph.nodes:
             if node.op != "call_module":
                 continue
@@ -196,7 +226,8 @@ class _Learner:
             self.module.set_submodule(name, layer)
         optimizer = OPTIMIZERS[learning.optimizer]
         weights = optimizer([w.v for w in self.weights.values()] or [torch.zeros(1)], lr=learning.weight_rate)
-        rates = [{"params": [s.factor], "lr": learning.scale_rate} for s in self.scales.values()]
+        steps = [w for w in self.weights.values() if isinstance(w, _WholeWeight)]
+        rates = [{"params": [s.factor], "lr": learning.scale_rate} for s in (*self.scales.values(), *steps)]
         if learning.float_rate:
             for parameter in self.floats:
                 parameter.requires_grad_(True)

@@ -72,7 +72,7 @@ class LearnedWeight(nn.Module):
         steps = values.to(scale.dtype) - self._wide(zero)  # (O, I)
         wide = self._wide(scale)
         if start is not None and start.shape == quantizer.shape:
-            was = quantizer.flatten(start.detach()) / wide
+            was = quantizer.flatten(start.detach().to(wide.device)) / wide
             steps = was.clamp(steps - EDGE, steps + EDGE)
         self.weight = nn.Parameter(steps * wide)
         self.factor = nn.Parameter(torch.ones_like(scale))
@@ -102,7 +102,30 @@ class LearnedWeight(nn.Module):
         quantizer.codes.copy_(pack((steps - self.low).to(torch.uint8), quantizer.bits))
 
 
-Learned = LearnedScale | LearnedWeight | Passing
+class LearnedSteps(nn.Module):
+    """A weight whose codes stay, and whose steps alone are learned. factor: (O, groups), of the quantizer's steps."""
+
+    steps: Tensor
+
+    def __init__(self, quantizer: PackedWeightQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        values, scale, zero = quantizer.integers()
+        steps = values.to(scale.dtype)
+        if zero is not None:
+            steps = steps - zero.to(scale.dtype).repeat_interleave(quantizer.group_size, 1)
+        self.register_buffer("steps", steps, persistent=False)
+        self.factor = nn.Parameter(torch.ones_like(scale))
+
+    def forward(self) -> Tensor:
+        wide = (self.quantizer.scale * self.factor).repeat_interleave(self.quantizer.group_size, 1)
+        return self.quantizer.unflatten(self.steps * wide)
+
+    def finish_(self) -> None:
+        self.quantizer.scale.mul_(self.factor.detach())
+
+
+Learned = LearnedScale | LearnedWeight | LearnedSteps | Passing
 
 
 def learned(quantizer: nn.Module, start: Tensor | None = None) -> Learned | None:

@@ -75,6 +75,12 @@ def train_(
             mode_(model, training=False)
 
 
+def parts(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """Images that are judged by, none of few, and those that are learned from."""
+    count = min(int(HELD_BACK * len(examples)), MOST_HELD_BACK) if len(examples) >= LEAST else 0
+    return examples.split(count, seed)
+
+
 class _Pair(nn.Module):
     """Student and objective as one, so that both are wrapped, and their gradients shared, at once."""
 
@@ -101,13 +107,12 @@ class _Run:
         self.main: bool = accelerator.is_main_process
         self.kept = context.kept
         self.key = "train-" + self._digest(examples) if self.kept is not None else ""
-        count = min(int(HELD_BACK * len(examples)), MOST_HELD_BACK) if len(examples) >= LEAST else 0
-        if settings.patience and not count:
+        self.judged, self.examples = parts(examples, context.seed)
+        if settings.patience and not len(self.judged):
             raise RecipeError(
                 f"{settings.name}: patience needs images to judge by, which are held back of {LEAST} or more; "
                 f"{examples.source} has {len(examples)}"
             )
-        self.judged, self.examples = examples.split(count, context.seed)
         world = accelerator.num_processes
         batch = min(settings.batch, len(self.examples)) // world * world
         if batch != min(settings.batch, len(self.examples)) or not batch:
@@ -156,7 +161,7 @@ class _Run:
             raise RecipeError(f"{settings.name} finds no parameter of {self.model.name} to train")
         if leaves_zeros(self.model):
             hold_zeros_(learned)
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        optimizer = settings.optimizer(groups)
         ema = ModelEmaV3(student, decay=settings.ema, use_warmup=True) if settings.ema else None
         pair = self.accelerator.prepare(_Pair(student, objective))
         state = checkpoint.State(student, objective, optimizer, ema, self.history)
@@ -167,8 +172,6 @@ class _Run:
         began = 0.0
         step = start
         for batch in self._batches(start):
-            if step >= self.steps:
-                break
             if self.undecided and step - start == TIMED.start:
                 began = time.monotonic()
             scheduler.step_update(step + 1)
@@ -201,7 +204,10 @@ class _Run:
     def _batches(self, start: int) -> Iterator[Batch]:
         settings = self.settings
         for step, (indices, seeds) in enumerate(self.order.steps(start), start):
-            images = self.examples.batch(indices, seeds, settings.augment, settings.erase).to(self.device)
+            if step >= self.steps:
+                return
+            policy = settings.policy(step, self.steps)
+            images = self.examples.batch(indices, seeds, policy, settings.erase).to(self.device)
             images = self.examples.normalize(images)
             labels = None if self.examples.labels is None else self.examples.labels[torch.from_numpy(indices)]
             labels = None if labels is None else labels.to(self.device)
@@ -224,6 +230,11 @@ class _Run:
             if not math.isfinite(value):
                 self._stop(batch, value)
             loss.backward()
+            if self.objective.climb_(learned):
+                optimizer.zero_grad()
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                    pair(batch).backward()
+                self.objective.descend_(learned)
         except RuntimeError as error:
             if not (first and _is_memory(error)):
                 raise

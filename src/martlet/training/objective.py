@@ -60,6 +60,13 @@ class Objective(nn.Module):
     def loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """What is made small, averaged over the batch: one number."""
 
+    def climb_(self, learned: list[Tensor]) -> bool:
+        """With the gradient known, moves the weights to where it is to be taken anew for the step; False if nowhere."""
+        return False
+
+    def descend_(self, learned: list[Tensor]) -> None:
+        """Undoes `climb_`."""
+
     def judge(self, logits: Tensor, batch: Batch) -> Tensor:
         """How far logits (B, K) of images that weren't learned from are from what is wanted, averaged."""
         assert batch.labels is not None
@@ -74,9 +81,13 @@ class CrossEntropy(Objective):
         self.smoothing = smoothing
 
     def loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        return self.error(student(batch.images), batch)
+
+    def error(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Of logits (B, K) from the batch's labels."""
         assert batch.labels is not None
         smoothing = self.smoothing if batch.labels.ndim == 1 else 0.0
-        return functional.cross_entropy(student(batch.images).float(), batch.labels, label_smoothing=smoothing)
+        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
 
 
 class Teacher:

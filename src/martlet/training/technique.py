@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
@@ -82,15 +84,31 @@ class Training(Technique):
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         from martlet.training.loop import train_
 
-        examples = context.training
-        if examples is None:
-            examples = Examples.unlabelled(context.calibration(self), model.preprocess)
+        examples = self.examples(model, context)
         if self.needs_labels and examples.labels is None:
             raise RecipeError(f"{self.name} learns from labels, and {examples.source} has none; give some with --train")
         return train_(model, self.objective(model, context), examples, self, context)
 
+    def examples(self, model: Model, context: Context) -> Examples:
+        """What is learned from: images to train on, or those of the calibration where there are none.
+
+        Raises:
+            RecipeError: there are neither.
+        """
+        if context.training is not None:
+            return context.training
+        return Examples.unlabelled(context.calibration(self), model.preprocess)
+
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         """The structure is as it was; values follow from the artifact's tensors."""
+
+    def policy(self, step: int, steps: int) -> str:
+        """How images are changed in a step, from 0, of so many: a value of `augment`."""
+        return self.augment
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """What takes the steps, of parameters in groups with `lr` and `weight_decay`."""
+        return torch.optim.AdamW(groups, fused=True)
 
     @abstractmethod
     def objective(self, model: Model, context: Context) -> Objective:

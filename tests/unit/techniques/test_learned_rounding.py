@@ -19,7 +19,7 @@ def compressed(**settings: object) -> Model:
     return compress(model("class token"), "uniform", **settings)
 
 
-@pytest.mark.parametrize("freedom", ["rounding", "weights"])
+@pytest.mark.parametrize("freedom", ["rounding", "weights", "all"])
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("adamax", marks=pytest.mark.slow)])
 def test_blocks_err_less_whatever_is_free_and_moves_it(freedom: str, optimizer: str) -> None:
     blocks = compressed(freedom=freedom, optimizer=optimizer).steps[0].record["blocks"]
@@ -36,7 +36,7 @@ def test_each_choice_makes_a_difference() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"freedom": "scales"}, "freedom is 'scales'; it can be rounding, weights"),
+        ({"freedom": "scales"}, "freedom is 'scales'; it can be rounding, weights, all"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; it can be adam, adamax"),
     ],
 )

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import nn
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
-from martlet.functional.distillation import divergence
-from martlet.graph.trace import trace
-from martlet.nn.straight_through import Learned, LearnedWeight, Passing, learned
-from martlet.training.objective import RATE, Batch, Objective, Teacher
+from martlet.nn.straight_through import Learned, LearnedWeight, learned
+from martlet.training.objective import Objective
+from martlet.training.rounded import Rounded, untouched
 from martlet.training.technique import Training
 from martlet.vit.sparsity import Sparsity
-
-STEP_RATE = 0.5
-"""Of a step's learning rate, over that of weights. Steps are learned relative to what they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,68 +52,19 @@ class LSQ(Training):
             )
 
     def objective(self, model: Model, context: Context) -> Objective:
-        teacher = context.teacher
-        assert teacher is not None
-        if teacher.rounded:
-            raise RecipeError(f"lsq: the teacher {teacher.name} is rounded itself; give another, as it was before")
-        graph = teacher.stage is Stage.GRAPH
-        untouched = teacher.module if graph else trace(teacher.copy().module, teacher.preprocess.size)
-        return Rounded(Teacher(teacher, model), dict(untouched.named_parameters()), pattern(model))
+        teacher, weights = untouched(model, context, "lsq")
+        sparse = pattern(model)
+
+        def stand_in(name: str, module: nn.Module) -> Learned | None:
+            layer = learned(module, weights.get(name))
+            if sparse and isinstance(layer, LearnedWeight):
+                layer.make_zero_(*sparse)
+            return layer
+
+        return Rounded(teacher, stand_in)
 
 
 def pattern(model: Model) -> tuple[int, int, int] | None:
-    """That of the zeros which a technique before has left."""
+    """That of the zeros which a technique before has left: zeros, of how many, and how many together."""
     found = (step.technique for step in model.steps if isinstance(step.technique, Sparsity))
     return next(((its.zeros, its.of, its.run) for its in found if its.zeros), None)
-
-
-class Rounded(Objective):
-    """weights: of the model before anything was rounded, by name, to begin from where the shape is the same.
-    sparsity: zeros, of how many, and how many together, of weights that are so sparse; they stay zero.
-    """
-
-    def __init__(
-        self, teacher: Teacher, weights: dict[str, nn.Parameter], sparsity: tuple[int, int, int] | None = None
-    ) -> None:
-        super().__init__()
-        self.teacher, self._weights, self._sparsity = teacher, weights, sparsity
-        self.layers: dict[str, Learned] = {}
-
-    def prepare_(self, student: nn.Module) -> None:
-        assert isinstance(student, GraphModule)
-        for name, module in list(student.named_modules()):
-            start = self._weights.get(name.removesuffix("_quantizer"))
-            device = next((b.device for b in module.buffers()), None)
-            layer = learned(module, None if start is None else start.to(device))
-            if layer is not None:
-                if self._sparsity and isinstance(layer, LearnedWeight):
-                    layer.make_zero_(*self._sparsity)
-                self.layers[name] = layer.to(device)
-                student.set_submodule(name, layer)
-
-    def finish_(self, student: nn.Module) -> None:
-        assert isinstance(student, GraphModule)
-        for name, layer in self.layers.items():
-            its = student.get_submodule(name)
-            assert isinstance(its, type(layer))
-            its.finish_()
-            student.set_submodule(name, its.quantizer)
-
-    def groups(self, student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        student.requires_grad_(True)
-        steps = [layer.factor for layer in self.layers.values() if not isinstance(layer, Passing)]
-        weights = [layer.weight for layer in self.layers.values() if isinstance(layer, LearnedWeight)]
-        apart = {id(parameter) for parameter in (*steps, *weights)}
-        others = [parameter for parameter in student.parameters() if id(parameter) not in apart]
-        groups = [
-            {"params": weights, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-            {"params": steps, "weight_decay": 0.0, RATE: STEP_RATE},
-        ]
-        return [group for group in groups if group["params"]]
-
-    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
-        return self.judge(student(batch.images), batch)
-
-    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
-        return divergence(logits, self.teacher(batch.images))

@@ -1,0 +1,1 @@
+"""Training that costs less, or generalizes further, than plain steps on labels."""

@@ -1,0 +1,87 @@
+"""Training a quantized graph as it is rounded: layers with parameters stand in for quantizers while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from martlet.core.errors import RecipeError
+from martlet.core.model import Model
+from martlet.core.technique import Context, Stage
+from martlet.functional.distillation import divergence
+from martlet.graph.trace import trace
+from martlet.nn.straight_through import Learned, LearnedSteps, LearnedWeight, Passing
+from martlet.training.objective import RATE, Batch, Objective, Teacher
+
+STEP_RATE = 0.5
+"""Of a step's learning rate, over that of weights. Steps are learned relative to what they were."""
+
+
+def untouched(model: Model, context: Context, asker: str) -> tuple[Teacher, dict[str, Tensor]]:
+    """The teacher, and its weights by the name of the quantizer that they may have in the student.
+
+    Raises:
+        RecipeError: it is rounded itself.
+        UsageError: it has other classes.
+    """
+    teacher = context.teacher
+    assert teacher is not None
+    if teacher.rounded:
+        raise RecipeError(f"{asker}: the teacher {teacher.name} is rounded itself; give another, as it was before")
+    graph = teacher.module if teacher.stage is Stage.GRAPH else trace(teacher.copy().module, teacher.preprocess.size)
+    return Teacher(teacher, model), {f"{name}_quantizer": weight for name, weight in graph.named_parameters()}
+
+
+class Rounded(Objective):
+    """stand_in: what learns in the place of a module of that name; None where it stays.
+
+    steps_alone: nothing but the steps of weights is learned.
+    """
+
+    def __init__(
+        self, teacher: Teacher, stand_in: Callable[[str, nn.Module], Learned | None], steps_alone: bool = False
+    ) -> None:
+        super().__init__()
+        self.teacher, self._stand_in, self.steps_alone = teacher, stand_in, steps_alone
+        self.layers: dict[str, Learned] = {}
+
+    def prepare_(self, student: nn.Module) -> None:
+        assert isinstance(student, GraphModule)
+        for name, module in list(student.named_modules()):
+            layer = self._stand_in(name, module)
+            if layer is not None:
+                self.layers[name] = layer.to(next((b.device for b in module.buffers()), None))
+                student.set_submodule(name, layer)
+
+    def finish_(self, student: nn.Module) -> None:
+        assert isinstance(student, GraphModule)
+        for name, layer in self.layers.items():
+            its = student.get_submodule(name)
+            assert isinstance(its, type(layer))
+            its.finish_()
+            student.set_submodule(name, its.quantizer)
+
+    def groups(self, student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        if self.steps_alone:
+            alone = [layer.factor for layer in self.layers.values() if isinstance(layer, LearnedSteps)]
+            return [{"params": alone, "weight_decay": 0.0}]
+        student.requires_grad_(True)
+        steps = [layer.factor for layer in self.layers.values() if not isinstance(layer, Passing)]
+        weights = [layer.weight for layer in self.layers.values() if isinstance(layer, LearnedWeight)]
+        apart = {id(parameter) for parameter in (*steps, *weights)}
+        others = [parameter for parameter in student.parameters() if id(parameter) not in apart]
+        groups = [
+            {"params": weights, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+            {"params": steps, "weight_decay": 0.0, RATE: STEP_RATE},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        return self.judge(student(batch.images), batch)
+
+    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
+        return divergence(logits, self.teacher(batch.images))
