@@ -39,8 +39,6 @@ PAPER = Paper(
 
 default_cfgs = generate_default_cfgs({name: cfg(first_conv=None, classifier="classifier") for name in PAPER.models})
 
-FEATURES = MappingProxyType({"feature_cfg": {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
@@ -244,6 +242,7 @@ class DynPerceiver(nn.Module):
         self.exit1, self.transfer1 = nn.Linear(dim, num_classes), Transfer(num_classes, last)
         self.exit2, self.transfer2 = nn.Linear(2 * last, num_classes), Transfer(num_classes, last)
         self.own = nn.Sequential(_hidden(features, self.hidden), nn.Linear(self.hidden or features, num_classes))
+        self.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """The Linear that gives the last logits."""
@@ -375,23 +374,26 @@ def _hidden(dim: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, hidden), nn.Hardswish()) if hidden else nn.Identity()
 
 
+def _make(name: str, pretrained: bool, kwargs: dict[str, Any], **dims: Any) -> DynPerceiver:
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(DynPerceiver, name, pretrained, feature_cfg=features, **(dims | kwargs))
+
+
 @register_model
 def dyn_perceiver_regnety_008(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On RegNetY-800MF."""
     dims: dict[str, Any] = {"host": "regnety_008_tv", "depths": (3, 3, 9, 6)}
-    return build_model_with_cfg(DynPerceiver, "dyn_perceiver_regnety_008", pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_regnety_008", pretrained, kwargs, **dims)
 
 
 @register_model
 def dyn_perceiver_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On MobileNetV3-Large."""
     dims: dict[str, Any] = {"host": "mobilenetv3_large_100", "depths": (3, 3, 9, 9), "hidden": 1280}
-    name = "dyn_perceiver_mobilenetv3_large_100"
-    return build_model_with_cfg(DynPerceiver, name, pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_mobilenetv3_large_100", pretrained, kwargs, **dims)
 
 
 @register_model
 def dyn_perceiver_resnet18(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On ResNet-18."""
-    dims: dict[str, Any] = {"host": "resnet18", "depths": (3, 3, 9, 3)}
-    return build_model_with_cfg(DynPerceiver, "dyn_perceiver_resnet18", pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_resnet18", pretrained, kwargs, host="resnet18", depths=(3, 3, 9, 3))
