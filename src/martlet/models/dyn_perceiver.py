@@ -34,7 +34,8 @@ PAPER = Paper(
         "dyn_perceiver_mobilenetv3_large_100": Stated(params=None, macs=None),
         "dyn_perceiver_resnet18": Stated(params=None, macs=None),
     },
-    differs="Parameters and MACs are in the paper's figures alone. Backbones are timm's, at full width.",
+    differs="The paper's abstract was at hand, not its text or figures; the dimensions are facts of the authors' code. "
+    "Backbones are timm's, at full width.",
 )
 
 default_cfgs = generate_default_cfgs({name: cfg(first_conv=None, classifier="classifier") for name in PAPER.models})
@@ -175,11 +176,12 @@ class Transfer(nn.Module):
 
 
 class DynPerceiver(nn.Module):
-    """Images (B, 3, H, W), whose sides are multiples of `divisor`, to logits (B, K).
+    """Han et al., "Dynamic Perceiver for Efficient Visual Recognition", arXiv:2306.11248.
 
-    Before each stage of the backbone the code reads its features and computes for itself; after each, the features
-    read the code. Two exits stand on the code, and are known before the third and the fourth stage run. The last
-    classifier reads the features, the code, and what the second exit thought.
+    Images (B, 3, H, W), whose sides are multiples of `divisor`, to logits (B, K). Before each stage of the backbone the
+    code reads its features and computes for itself; after each, the features read the code. Two exits stand on the
+    code, and are known before the third and the fourth stage run. The last classifier reads the features, the code, and
+    what the second exit thought.
 
     Args:
         host: A RegNet, ResNet or MobileNetV3-Large, by timm's name. host_args: of its constructor.
@@ -190,9 +192,6 @@ class DynPerceiver(nn.Module):
 
     Raises:
         SourceError: a host of no known kind.
-
-    Paper: Han et al., 2023, section 3, of which only the abstract was at hand; dimensions are facts of the official
-        code. In training `exits` gives the backbone's own logits too, for which the authors' loss asks.
     """
 
     def __init__(
