@@ -28,8 +28,8 @@ PAPER = Paper(
         "stvit_r_swin_small_patch4_window7_224": Stated(params="49.626M", macs="5.826G", top1_pct=82.7),
         "stvit_r_swin_base_patch4_window7_224": Stated(params="87.812M", macs="10.264G", top1_pct=83.2),
     },
-    differs="The paper's abstract was at hand, not its text; figures are those of the authors' training logs, of models "
-    "without learned global centers, as here. DeiT's form is the technique `stvit`.",
+    differs="The paper's abstract was at hand, not its text; figures are those of the authors' training logs, of "
+    "models without learned global centers, as here. DeiT's form is the technique `stvit`.",
 )
 
 default_cfgs = generate_default_cfgs({name: cfg(first_conv="stem.0.conv") for name in PAPER.models})
@@ -69,6 +69,9 @@ class SemanticBlocks(nn.Module):
     gather from a larger window, which reaches `overlap` over its edges, then from the whole image and one another;
     attend to those of their window, then to all; and the image's tokens attend to them.
     """
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(
         self,
