@@ -29,7 +29,7 @@ import numpy as np
 import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline, registry
+from martlet.core import pipeline, registry, report
 from martlet.core.errors import MartletError, UsageError, nearest
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, Stage
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.models or ():
             if name not in known:
                 raise UsageError(f"the table has no model {name!r}{nearest(name, known)}")
-        document = peers.open_document(options.out, settings, "zoo")
+        document = open_document(options, settings)
         records = {record["name"]: record for record in document["models"]}
         for part in (part for part in PARTS if part in ("counts", *options.parts)):  # counts say what is left out
             for name in sorted(options.models or known, key=lambda name: _place(name, known, records)):
@@ -84,6 +84,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error))
         return error.exit_status
     return 0
+
+
+def open_document(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The results so far. Counts and exports may come from any machine; all times are of one, whose `environment` is
+    the document's. If it is another than this, and times are asked for anew, those of the other are dropped.
+
+    Raises:
+        UsageError: there are times of another machine or of other versions, and none are asked for anew.
+    """
+    document = peers.open_document(options.out, settings, "zoo", timed=False)
+    if "latency" not in options.parts:
+        return document
+    here, timed = report.environment(peers.PACKAGES), [record for record in document["models"] if "latency" in record]
+    if timed and document.get("environment") != here:
+        if not options.again:
+            raise UsageError(
+                f"{options.out} has times of another machine or of other versions; give another --out, or --again to "
+                "drop these and keep the rest"
+            )
+        for record in timed:
+            del record["latency"]
+    return document | {"environment": here}
 
 
 def table() -> tuple[str, ...]:

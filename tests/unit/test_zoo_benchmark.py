@@ -78,6 +78,21 @@ def test_it_goes_on_where_it_stopped(run):
     assert set(found) == set(MACS)
 
 
+def test_times_of_another_machine_are_kept_until_all_are_asked_for_anew(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "latency", lambda *_: {"date": "2026-01-02", "threads": 1, "ms": {}})
+    file = tmp_path / "zoo.json"
+    run("--parts", "export", "latency", "--models", "b")
+    file.write_text(file.read_text().replace('"cores":', '"cores_elsewhere":'))
+    assert run("--parts", "export", "--models", "c")[0] == 0
+    status, _, found = run("--parts", "latency", "--models", "c")
+    assert status == 2
+    assert "times of another machine or of other versions; give another --out, or --again" in capsys.readouterr().err
+    assert "latency" in found["b"]
+    found = run("--parts", "latency", "--models", "c", "--again")[2]
+    assert [name for name, record in found.items() if "latency" in record] == ["c"]
+    assert found["b"]["export"]
+
+
 def test_an_unknown_model_is_one_clear_line(run, capsys):
     status, measured, _ = run("--models", "bb")
     assert (status, measured) == (2, [])

@@ -34,12 +34,11 @@ PAPER = Paper(
         "dyn_perceiver_mobilenetv3_large_100": Stated(params=None, macs=None),
         "dyn_perceiver_resnet18": Stated(params=None, macs=None),
     },
-    differs="Parameters and MACs are in the paper's figures alone. Backbones are timm's, at full width.",
+    differs="The paper's abstract was at hand, not its text or figures; the dimensions are facts of the authors' code. "
+    "Backbones are timm's, at full width.",
 )
 
 default_cfgs = generate_default_cfgs({name: cfg(first_conv=None, classifier="classifier") for name in PAPER.models})
-
-FEATURES = MappingProxyType({"feature_cfg": {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +176,12 @@ class Transfer(nn.Module):
 
 
 class DynPerceiver(nn.Module):
-    """Images (B, 3, H, W), whose sides are multiples of `divisor`, to logits (B, K).
+    """Han et al., "Dynamic Perceiver for Efficient Visual Recognition", arXiv:2306.11248.
 
-    Before each stage of the backbone the code reads its features and computes for itself; after each, the features
-    read the code. Two exits stand on the code, and are known before the third and the fourth stage run. The last
-    classifier reads the features, the code, and what the second exit thought.
+    Images (B, 3, H, W), whose sides are multiples of `divisor`, to logits (B, K). Before each stage of the backbone the
+    code reads its features and computes for itself; after each, the features read the code. Two exits stand on the
+    code, and are known before the third and the fourth stage run. The last classifier reads the features, the code, and
+    what the second exit thought.
 
     Args:
         host: A RegNet, ResNet or MobileNetV3-Large, by timm's name. host_args: of its constructor.
@@ -192,9 +192,6 @@ class DynPerceiver(nn.Module):
 
     Raises:
         SourceError: a host of no known kind.
-
-    Paper: Han et al., 2023, section 3, of which only the abstract was at hand; dimensions are facts of the official
-        code. In training `exits` gives the backbone's own logits too, for which the authors' loss asks.
     """
 
     def __init__(
@@ -244,6 +241,7 @@ class DynPerceiver(nn.Module):
         self.exit1, self.transfer1 = nn.Linear(dim, num_classes), Transfer(num_classes, last)
         self.exit2, self.transfer2 = nn.Linear(2 * last, num_classes), Transfer(num_classes, last)
         self.own = nn.Sequential(_hidden(features, self.hidden), nn.Linear(self.hidden or features, num_classes))
+        self.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """The Linear that gives the last logits."""
@@ -375,23 +373,26 @@ def _hidden(dim: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, hidden), nn.Hardswish()) if hidden else nn.Identity()
 
 
+def _make(name: str, pretrained: bool, kwargs: dict[str, Any], **dims: Any) -> DynPerceiver:
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(DynPerceiver, name, pretrained, feature_cfg=features, **(dims | kwargs))
+
+
 @register_model
 def dyn_perceiver_regnety_008(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On RegNetY-800MF."""
     dims: dict[str, Any] = {"host": "regnety_008_tv", "depths": (3, 3, 9, 6)}
-    return build_model_with_cfg(DynPerceiver, "dyn_perceiver_regnety_008", pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_regnety_008", pretrained, kwargs, **dims)
 
 
 @register_model
 def dyn_perceiver_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On MobileNetV3-Large."""
     dims: dict[str, Any] = {"host": "mobilenetv3_large_100", "depths": (3, 3, 9, 9), "hidden": 1280}
-    name = "dyn_perceiver_mobilenetv3_large_100"
-    return build_model_with_cfg(DynPerceiver, name, pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_mobilenetv3_large_100", pretrained, kwargs, **dims)
 
 
 @register_model
 def dyn_perceiver_resnet18(pretrained: bool = False, **kwargs: Any) -> DynPerceiver:
     """On ResNet-18."""
-    dims: dict[str, Any] = {"host": "resnet18", "depths": (3, 3, 9, 3)}
-    return build_model_with_cfg(DynPerceiver, "dyn_perceiver_resnet18", pretrained, **FEATURES, **(dims | kwargs))
+    return _make("dyn_perceiver_resnet18", pretrained, kwargs, host="resnet18", depths=(3, 3, 9, 3))

@@ -13,8 +13,24 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from martlet.core.errors import SourceError
+from martlet.models.backbone import check_only_size, pair
+from martlet.models.papers.paper import Paper, Stated
 
 __all__ = ["LookupViT"]
+
+PAPER = Paper(
+    title="LookupViT: Compressing visual information to a limited number of tokens",
+    authors="Koner et al.",
+    year=2024,
+    arxiv="2407.12753",
+    code=None,
+    license="none",
+    models={
+        "lookup_vit_small_patch16_224": Stated(params=None, macs=None),
+        "lookup_vit_base_patch16_224": Stated(params=None, macs=None),
+    },
+    differs="The logits are of the mean of both kinds of tokens, each normalized and averaged.",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -28,7 +44,7 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        for name in ("lookup_vit_small_patch16_224", "lookup_vit_base_patch16_224")
+        for name in PAPER.models
     }
 )
 
@@ -109,6 +125,7 @@ class LookupViT(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.img_size = pair(img_size)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.grid: tuple[int, int] = self.patch_embed.grid_size  # type: ignore[assignment]
         self.compressed = compressed
@@ -154,6 +171,7 @@ class LookupViT(nn.Module):
 
     def forward_features(self, x: Tensor, compressed: int | None = None) -> Tensor:
         """Images to normalized tokens (B, N + M², C): lookup tokens in row order, then compressed ones."""
+        check_only_size(self, x, self.img_size)
         side = self.compressed if compressed is None else self._checked(compressed)
         lookup = self.patch_embed(x) + self.pos_embed  # (B, N, C)
         few = torch.tensor(_resized(self.grid, side), dtype=lookup.dtype, device=lookup.device) @ lookup  # (B, M², C)

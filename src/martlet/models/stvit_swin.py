@@ -28,7 +28,8 @@ PAPER = Paper(
         "stvit_r_swin_small_patch4_window7_224": Stated(params="49.626M", macs="5.826G", top1_pct=82.7),
         "stvit_r_swin_base_patch4_window7_224": Stated(params="87.812M", macs="10.264G", top1_pct=83.2),
     },
-    differs="Figures are those of the authors' training logs. DeiT's form of it is the technique `stvit`.",
+    differs="The paper's abstract was at hand, not its text; figures are those of the authors' training logs, of "
+    "models without learned global centers, as here. DeiT's form is the technique `stvit`.",
 )
 
 default_cfgs = generate_default_cfgs({name: cfg(first_conv="stem.0.conv") for name in PAPER.models})
@@ -68,6 +69,9 @@ class SemanticBlocks(nn.Module):
     gather from a larger window, which reaches `overlap` over its edges, then from the whole image and one another;
     attend to those of their window, then to all; and the image's tokens attend to them.
     """
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(
         self,
@@ -124,9 +128,10 @@ class SemanticBlocks(nn.Module):
 
 
 class STViTSwin(Backbone):
-    """STViT-R on Swin. Images of one size (`img_size`), whose sides are multiples of 16 times `window`.
+    """Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View", arXiv:2303.08685.
 
-    Stem: two convolutions, which divide by 4, and not Swin's patches.
+    STViT-R on Swin. Images of one size (`img_size`), whose sides are multiples of 16 times `window`. The stem is two
+    convolutions, which divide by 4, and not Swin's patches.
 
     Args:
         semantic: The stage, counted from 0, whose blocks are six by six those of `SemanticBlocks`.
@@ -135,9 +140,6 @@ class STViTSwin(Backbone):
 
     Raises:
         SourceError: windows don't fit into the images, or blocks not into sixes.
-
-    Paper: Chang et al., 2023, section 3.3, of which only the abstract was at hand; dimensions are facts of the official
-        code and its training logs, without the learned global centres, as the published models are.
     """
 
     def __init__(

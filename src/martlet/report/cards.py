@@ -45,13 +45,23 @@ def page(document: Mapping[str, Any] | None) -> str:
         lines += _techniques([records.get(name, {}) for name in its])
     own = [name for name in names if models.paper(name) is None]
     lines += ["", "## Our own", "", *_models(own, records), *_techniques([records.get(name, {}) for name in own])]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_left_out(), ""])
 
 
 def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """A Markdown table, line by line."""
     heading = list(heading)
     return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
+
+
+def _left_out() -> list[str]:
+    from martlet.models.papers.left_out import LEFT_OUT
+
+    rows = [
+        (f"[{one.name}](https://arxiv.org/abs/{one.arxiv}), {one.authors}, {one.year}", one.known, one.missing)
+        for one in LEFT_OUT
+    ]
+    return ["", "## Left out", "", *table(("Architecture", "What is known", "What isn't"), rows)]
 
 
 def _order(paper: Paper) -> tuple[str, int]:

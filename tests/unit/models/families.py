@@ -188,6 +188,12 @@ FAMILIES = {
         others=((24, 48),),
         refused=((32, 36), "multiples of 8, not 32 × 36"),
     ),
+    "lookup_vit_small_patch16_224": Family(
+        {"img_size": (28, 20), "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "compressed": 3},
+        (28, 20),
+        refused=((32, 20), r"takes images of 28 × 20, not 32 × 20; make it with img_size=\(32, 20\)"),
+        hierarchical=False,
+    ),
     "stvit_r_swin_small_patch4_window7_224": Family(
         {
             "img_size": (32, 64),

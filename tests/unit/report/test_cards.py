@@ -61,3 +61,10 @@ def test_counts_times_export_and_techniques_are_those_of_the_results():
 def test_a_technique_that_came_later_is_not_called_refused():
     results = document(record("repvit_m0_9", 1, 1), record("repvit_m1_0", 1, 1, refused_by=["gptq", "tome"]))
     assert "Techniques: fuse all; quantize `int8`; tokens none." in cards.page(results)
+
+
+def test_what_is_left_out_is_said_with_the_reason():
+    text = cards.page(None).partition("## Left out")[2]
+    assert "| [FMViT](https://arxiv.org/abs/2311.05707), Tan et al., 2023 |" in text
+    assert "the authors' repository holds a README and a licence |" in text
+    assert len([line for line in text.splitlines() if "arxiv.org" in line]) == 3

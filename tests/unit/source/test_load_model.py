@@ -170,6 +170,11 @@ def test_the_zoo():
         ({"spec": "tim:vit_tiny_patch16_224"}, "did you mean timm"),
         ({"spec": "timm:vit_tiny_patch16_225"}, "did you mean vit_tiny_patch16_224"),
         ({"spec": "timm:vit_tiny_patch16_224.augreg"}, "known: augreg_in21k, "),
+        (
+            {"spec": "timm:vovnet39a", "weights": "pretrained"},
+            "timm can't get the pretrained weights of vovnet39a: No ",
+        ),
+        ({"spec": "martlet:stvit_r_swin_small_patch4_window7_224", "weights": "pretrained"}, "without trained weights"),
         ({"spec": "timm:"}, "names no model"),
         ({"spec": "timm:vit_small_patch14_dinov2"}, "no classifier.*--num-classes"),
         ({"spec": "torchvision:vit_b_17"}, "did you mean vit_b_16"),

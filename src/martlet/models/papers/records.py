@@ -64,13 +64,14 @@ def machine() -> str | None:
 
 def shipped(document: Mapping[str, Any]) -> str:
     """What `zoo.json` has to hold for the results of `benchmarks/zoo.py`: a line for each model that was counted."""
-    environment = document["environment"]
-    versions = ", ".join(
-        f"{package} {environment['versions'][package]}"
-        for package in ("openvino", "onnxruntime", "torch")
-        if package in environment["versions"]
-    )
-    machine = f"{environment['cpu']}, {environment['cores']} cores; {versions}"
+    machine = None
+    if environment := document.get("environment"):
+        versions = ", ".join(
+            f"{package} {environment['versions'][package]}"
+            for package in ("openvino", "onnxruntime", "torch")
+            if package in environment["versions"]
+        )
+        machine = f"{environment['cpu']}, {environment['cores']} cores; {versions}"
     lines = []
     for record in sorted(document["models"], key=lambda record: record["name"]):
         counts, timed = record.get("counts", {}), record.get("latency", {})

@@ -8,7 +8,7 @@ import pytest
 
 from martlet.models.papers import records
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from zoo_results import document, record
 
 
@@ -43,6 +43,12 @@ def test_a_model_is_a_line(file):
 def test_a_model_that_could_not_be_counted_is_left_out(file):
     file.write_text(records.shipped(document({"name": "a", "counts": {"error": "it failed"}})))
     assert records.records() == {}
+
+
+def test_without_times_no_machine_is_named(file):
+    file.write_text(records.shipped(document(record("a", 1, 2)) | {"environment": None}))
+    assert records.records()["a"].params == 1
+    assert records.machine() is None
 
 
 def test_without_results_nothing_is_known(file):
