@@ -1,19 +1,26 @@
 """ziplm keeps the hidden units, and fits the weights, that a search of all removals with plain least squares finds."""
 
 import copy
+import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from martlet.core import pipeline
+from martlet.core import pipeline, report
+from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.source import load_model
 from martlet.techniques.prune.ziplm import ZipLM
 from martlet.vit.gradients import FLOOR
+from martlet.vit.latency_law import read_law
 from martlet.vit.repair import RIDGE
+from martlet.vit.structure import shape_of
+from martlet.vit.view import view
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3, "mlp_ratio": 1.0}
 UNITS, FEATURES, TOKENS, IMAGES = 12, 12, 5, 24
@@ -111,3 +118,37 @@ def test_this_can_fail(pruned: Model) -> None:
 def test_heads_go_as_their_dimensions_do() -> None:
     with pytest.raises(Exception, match=r"^ziplm: groups can be qk, v and hidden"):
         ZipLM(groups=("heads",))
+
+
+def law(tmp_path: Path, hidden_ms: float, qk_ms: float) -> str:
+    """A table of blocks that take 1 ms, and something for each unit and each dimension of q and k."""
+    rows = [
+        {"num_heads": h, "qk_dim": d, "v_dim": e, "hidden": u, "latency_ms": 1 + u * hidden_ms + h * d * qk_ms}
+        for h, d, e, u in itertools.product((1, 3), (2, 4), (2, 4), (4, 12))
+    ]
+    path = tmp_path / "blocks.json"
+    table = {"engine": "openvino", "cpu": report.environment()["cpu"], "blocks": rows}
+    path.write_text(json.dumps(table))
+    return str(path)
+
+
+@pytest.mark.parametrize(("hidden_ms", "qk_ms", "target_ms"), [(0.1, 0.0, 1.75), (0.001, 0.1, 1.95)])
+def test_with_a_table_milliseconds_are_cut_until_the_target(
+    hidden_ms: float, qk_ms: float, target_ms: float, tmp_path: Path
+) -> None:
+    """What costs no time stays; and what is left takes the target, but for the last cut, which is under a tenth."""
+    path, start = law(tmp_path, hidden_ms, qk_ms), 1 + 12 * hidden_ms + 12 * qk_ms
+    technique = ZipLM(prune_ratio=1 - target_ms / start, multiple=1, latency_table=path)
+    found = pipeline.run(model(), Recipe((technique,)), Context(images=Noise(), engine="openvino"))
+    [block] = view(found.module).blocks
+    shape = shape_of(block)
+    left_ms = read_law(path, "it", "openvino")(shape)
+    assert 0.9 * target_ms <= left_ms <= target_ms
+    assert (shape.hidden < 12, shape.qk_dim < 4) == (hidden_ms > qk_ms, qk_ms > hidden_ms)
+    with pytest.raises(RecipeError, match="measured on another engine: openvino, and this is onnxruntime"):
+        technique.check_engine(Context(engine="onnxruntime"))
+    with pytest.raises(RecipeError, match=r"at most \d+% of the time can go from"):
+        pipeline.run(
+            model(), Recipe((ZipLM(prune_ratio=0.9, multiple=1, latency_table=path),)),
+            Context(images=Noise(), engine="openvino"),
+        )  # fmt: skip

@@ -242,7 +242,9 @@ class Journey:
         """By digest, what is measured on held-out images: the references, the winner, and more of the front."""
         points = self.candidates_measured()
         first = self.chosen()
-        best = [p for p in front(points, lambda v: v["latency_ms"], lambda v: v["kl"]) if p is not first]
+        best = [
+            p for p in front(points, lambda v: v["latency_ms"], lambda v: v["kl"]) if p["recipe"] != first["recipe"]
+        ]
         kept = spread((p for p in best if self.limits.keeps(p)), FINALISTS - 1)
         past = [p for p in best if not self.limits.keeps(p)]
         wanted = [first, *kept, *sorted(past, key=self.limits.excess)[: FINALISTS - 1 - len(kept)]]

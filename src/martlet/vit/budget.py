@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -37,9 +37,16 @@ class Work:
     width: int
     mlp_maps: int
 
+    def __call__(self, shape: BlockShape) -> int:
+        return self.macs(shape)
+
     def macs(self, shape: BlockShape) -> int:
         by_head = 2 * (shape.qk_dim + shape.v_dim) * self.width + (shape.qk_dim + shape.v_dim) * self.keys
         return self.rows * shape.num_heads * by_head + self.mlp_rows * self.width * self.mlp_maps * shape.hidden
+
+
+Cost = Callable[[BlockShape], float]
+"""What a block of some sizes costs: MACs (`Work`), or measured milliseconds (`martlet.vit.latency_law.LatencyLaw`)."""
 
 
 def works(model: Model, vit: VitView) -> list[Work]:
@@ -84,7 +91,7 @@ Levels = Mapping[int, float]
 
 
 class Step(NamedTuple):
-    """One cut that could be made next: what it costs for each MAC that it saves."""
+    """One cut that could be made next: what it loses for each MAC or millisecond that it saves."""
 
     price: float
     block: int
@@ -109,33 +116,36 @@ def between(measured: Levels, sizes: Sequence[int]) -> Levels:
 def allocate(
     technique: str,
     vit: VitView,
-    each: Sequence[Work],
+    each: Sequence[Cost],
     losses: Mapping[tuple[int, Kind], Levels],
     prune_ratio: float,
-    total: int,
+    total: float,
 ) -> list[BlockShape]:
-    """The sizes of every block, by always cutting next what loses least for each MAC saved.
+    """The sizes of every block, by always cutting next what loses least for what it saves.
+
+    each: what a block of some sizes costs: `Work` says its MACs, a `LatencyLaw` its milliseconds on an engine.
 
     losses: of each kind of cut in each block alone, by what it leaves. They are added up, as if cuts didn't know of
     each other. Of levels that a deeper one beats by price, none is taken.
-    prune_ratio: share to remove of the `total` MACs of the model.
+    prune_ratio: share to remove of the `total` that the model costs.
 
     Raises:
-        RecipeError: so many MACs can't be removed.
+        RecipeError: so much can't be removed.
     """
     shapes = [shape_of(block) for block in vit.blocks]
-    start = sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+    start = sum(work(shape) for work, shape in zip(each, shapes, strict=True))
 
     def removed() -> int:
-        return start - sum(work.macs(shape) for work, shape in zip(each, shapes, strict=True))
+        return start - sum(work(shape) for work, shape in zip(each, shapes, strict=True))
 
     step: Step | None = None
     while removed() < prune_ratio * total:
         steps = [found for (i, kind), its in losses.items() if (found := _next(each[i], shapes[i], i, kind, its))]
         if not steps:
+            of = "the MACs" if isinstance(each[0], Work) else "the time"
             raise RecipeError(
                 f"{technique}: prune_ratio {prune_ratio:g} would empty layers such as those of {vit.blocks[0].name}; "
-                f"at most {removed() / total:.0%} of the MACs can go from {', '.join(_kinds(losses))}"
+                f"at most {removed() / total:.0%} of {of} can go from {', '.join(_kinds(losses))}"
             )
         step = min(steps)
         shapes[step.block] = replace(shapes[step.block], **{SIZES[step.kind]: step.left})
@@ -156,14 +166,14 @@ def _kinds(losses: Mapping[tuple[int, Kind], Levels]) -> list[str]:
     return [kind for kind in KINDS if kind in found]
 
 
-def _next(work: Work, shape: BlockShape, block: int, kind: Kind, levels: Levels) -> Step | None:
+def _next(work: Cost, shape: BlockShape, block: int, kind: Kind, levels: Levels) -> Step | None:
     """The best of the deeper levels of one kind of cut."""
     name = SIZES[kind]
     now = getattr(shape, name)
-    before, macs = levels.get(now, 0.0), work.macs(shape)
+    before, cost = levels.get(now, 0.0), work(shape)
     steps = [
-        Step((loss - before) / (macs - work.macs(replace(shape, **{name: left}))), block, kind, left)
+        Step((loss - before) / saved, block, kind, left)
         for left, loss in levels.items()
-        if left < now
+        if left < now and (saved := cost - work(replace(shape, **{name: left}))) > 0
     ]
     return min(steps, default=None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Choices, Context
-from martlet.vit.budget import SIZES, Kind, allocate, between, works
+from martlet.vit.budget import SIZES, Cost, Kind, allocate, between, works
+from martlet.vit.latency_law import read_law
 from martlet.vit.pruning import Levels, Pruning
 from martlet.vit.repair import Cut
 from martlet.vit.sensitivity import Key, measured_losses
@@ -36,6 +38,9 @@ class ZipLM(Pruning):
     Args:
         prune_ratio: share of the model's MACs to remove, attention's products counted; 0 removes nothing.
         groups: of `qk`, `v` and `hidden`; whole heads only go as their dimensions do.
+        latency_table: a JSON file of blocks measured on the engine (`benchmarks/prune.py --parts table`). With it the
+            ratio is a share of the time that all blocks take there, and cuts are priced by the milliseconds they save
+            (latency-driven slimming); without one, both go by MACs.
 
     Shape: unchanged outside; dimensions of heads, and hidden units inside.
     Needs: some hundred calibration images, without labels.
@@ -43,25 +48,33 @@ class ZipLM(Pruning):
         of all images, twice. At run time, less than before.
     Paper: Kurtic, Frantar and Alistarh, ZipLM: Inference-Aware Structured Pruning of Language Models, 2023, arXiv
         2302.04089: removal of columns by the optimal brain surgeon, for units of MLPs; levels for each layer, and a
-        choice among them under a budget.
-    Differs: written without the paper's text at hand. The budget is MACs, not measured time. Dimensions of attention go
-        in the coordinates in which they lose least, and not as whole heads: what is left of q kᵀ is its best
-        approximation of that rank, and so for v with proj. Losses of levels are measured divergences of logits that are
-        added up, where the paper searches over weights for layerwise errors. Targets of the repair are the whole
-        model's tokens, where the paper's are those of the model before the step, and errors of tokens count as the
-        loss's gradient says. Nothing is distilled or trained.
-    Raises: RecipeError for a ratio that would empty layers, or a group that the model can't cut; SourceError for a
-        model that isn't a vision transformer.
+        choice among them under a budget. Removing always what loses least for each millisecond of a
+        measured table: latency-driven slimming of Li et al., EfficientFormer, 2022, arXiv 2206.01191, by its abstract.
+    Differs: written without the papers' text at hand. Times of blocks follow from a law fitted to a table of ten, and
+        no supernet is trained that says what blocks matter, as EfficientFormer does. Dimensions of attention go in the
+        coordinates in which they lose least, and not as whole heads: what is left of q kᵀ is its best approximation of
+        that rank, and so for v with proj. Losses of levels are measured divergences of logits that are added up, where
+        the paper searches over weights for layerwise errors. Targets of the repair are the whole model's tokens, where
+        the paper's are those of the model before the step, and errors of tokens count as the loss's gradient says.
+        Nothing is distilled or trained.
+    Raises: RecipeError for a ratio that would empty layers, a group that the model can't cut, or a table of another
+        engine or machine; SourceError for a model that isn't a vision transformer.
     """
 
     name: ClassVar[str] = "ziplm"
     summary: ClassVar[str] = "cut the dimensions and hidden units that the rest can replace best"
     paper: ClassVar[str] = "Kurtic et al., ZipLM: Inference-Aware Structured Pruning, 2023, arXiv 2302.04089"
 
+    latency_table: str = ""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if "heads" in self.groups:
             raise RecipeError(f"{self.name}: groups can be qk, v and hidden; a head goes as its dimensions do")
+
+    def check_engine(self, context: Context) -> None:
+        if self.latency_table:
+            read_law(self.latency_table, self.name, context.engine)
 
     def space(self) -> Choices:
         return Choices(settings={"prune_ratio": (0.1, 0.2, 0.3)})
@@ -78,7 +91,11 @@ class ZipLM(Pruning):
             )
             for (i, kind), found in measured.items()
         }
-        shapes = allocate(self.name, vit, works(model, vit), losses, self.prune_ratio, total)
+        each: Sequence[Cost] = works(model, vit)
+        if self.latency_table:
+            each = [read_law(self.latency_table, self.name, context.engine)] * len(vit.blocks)
+            total = sum(cost(shape_of(block)) for cost, block in zip(each, vit.blocks, strict=True))
+        shapes = allocate(self.name, vit, each, losses, self.prune_ratio, total)
         return {
             i: Cut(shape)
             for i, (shape, block) in enumerate(zip(shapes, vit.blocks, strict=True))
