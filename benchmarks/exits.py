@@ -200,7 +200,7 @@ def timed(
     progress: Progress,
     seed: int,
 ) -> dict[str, Any]:
-    """Mean milliseconds of an image on OpenVINO: the untouched model, all stages without leaving, and within a point."""
+    """Mean milliseconds of an image on OpenVINO: the untouched model, exits within a point, and none leaving."""
     from martlet.functional.exits import decide
     from martlet.graph.stages import leaves, window
 

@@ -19,6 +19,8 @@ def decide(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
 
     thresholds: of the first E exits; the result is from 0 to E.
     """
+    if not len(confidences):
+        return np.zeros(confidences.shape[1], int)
     leaves = confidences >= np.asarray(thresholds)[:, None]  # (E, N)
     return np.where(leaves.any(0), leaves.argmax(0), len(confidences))
 
