@@ -117,6 +117,28 @@ def test_patches_are_painted_after_each_block_that_reduces() -> None:
     assert "patches" not in Page(html.render(document)).words
 
 
+def test_where_images_left_is_told_and_shown() -> None:
+    document = sample.document()
+    assert "Where images left" not in Page(html.render(document)).words
+    picture = document["examples"][0]["jpeg_base64"]
+    document["exits"] = {
+        "stages": [
+            {"share_pct": 62.5, "top1_pct": 91.25, "gmacs": 0.31, "latency_ms": 2.5},
+            {"share_pct": 37.5, "top1_pct": None, "gmacs": 1.25, "latency_ms": 9.75},
+        ],
+        "mean_gmacs": 0.6625,
+        "max_gmacs": 1.25,
+        "examples": [
+            {"image": "a.png", "label": "tench", "artifact": "coho", "stage": 1, "jpeg_base64": picture},
+            {"image": "b.png", "label": None, "artifact": "coho", "stage": 2, "jpeg_base64": picture},
+        ],
+    }
+    page = Page(html.render(document))
+    for words in ("62.5 %", "0.31 GMACs", "9.75 ms", "stage 1: coho, not tench", "0.662 GMACs in the mean"):
+        assert words in page.words, words
+    assert len([image for image in page.find("img") if "which left after stage" in (image["alt"] or "")]) == 2
+
+
 def test_every_part_of_the_document_is_on_the_page() -> None:
     document = sample.document()
     words = Page(html.render(document)).words
