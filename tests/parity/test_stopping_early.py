@@ -226,6 +226,7 @@ def test_perception_head(wide):
         assert head(x)[i].tolist() == pytest.approx(oracle_perception(head, x[i], (2, 3), wide))
 
 
+@torch.no_grad()
 def oracle_aggregation(head: AggregationHead, x: torch.Tensor, grid: tuple[int, int]) -> list[float]:
     token, patches, c = x[0].tolist(), x[1:], x.shape[1]
     chosen = [i * grid[1] + j for i in range(0, grid[0], head.stride) for j in range(0, grid[1], head.stride)]

@@ -56,7 +56,9 @@ class ExitRun:
         seen: dict[nn.Module, Tensor] = {}
         wanted = {point for points in self.points for point in points}
         handles = [point.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]})) for point in wanted]
-        handles.append(self.last.register_forward_hook(lambda m, _, y: seen.update({m: y})))
+        handles.append(
+            self.last.register_forward_hook(lambda m, _, y: seen.update({m: y[0] if isinstance(y, tuple) else y}))
+        )
         try:
             logits = type(self.module).forward(self.module, images)
         finally:

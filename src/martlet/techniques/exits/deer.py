@@ -38,7 +38,7 @@ class DeeR(Technique):
     heads were trained on, some hundreds: on images that were trained on, exits are surer than they will be.
 
     Args:
-        max_drop: points of top-1 that may be lost to the model's last answer, on the calibration images. If neither
+        max_drop: points of top-1 that may be lost to the last open exit's answer, on the calibration images. If neither
             this nor a mean nor a risk is given, 1 point.
         mean_gmacs: the mean cost of an image, at most, in 10⁹ multiply-accumulates.
         mean_latency_ms: the same in milliseconds at batch 1, by the times that the stages take on the engine.
