@@ -226,7 +226,7 @@ def timed(
             ms = latency.interleave(runs, seed=seed, progress=progress)
             found[str(batch)] = {
                 which: {
-                    "ms": {k: v / len(groups) / batch if k != "n" else v for k, v in latency.summary(times).items()},
+                    "ms": latency.summary(times / len(groups) / batch),
                     "speedup": latency.ratio(ms["source"], times, seed),
                 }
                 for which, times in ms.items()

@@ -11,7 +11,7 @@ import sample
 
 from martlet.core.errors import ArtifactError
 from martlet.core.report import Document
-from martlet.report import html
+from martlet.report import html, units
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "line"}
 LOADERS = {"src", "srcset", "href", "xlink:href", "data", "poster", "action", "background", "ping", "formaction"}
@@ -134,7 +134,8 @@ def test_where_images_left_is_told_and_shown() -> None:
         ],
     }
     page = Page(html.render(document))
-    for words in ("62.5 %", "0.31 GMACs", "9.75 ms", "stage 1: coho, not tench", "0.662 GMACs in the mean"):
+    cost, mean = (f"{units.number(gmacs)} GMACs" for gmacs in (0.31, 0.6625))
+    for words in ("62.5 %", cost, units.quantity(9.75, "ms"), "stage 1: coho, not tench", f"costs {mean} in the mean"):
         assert words in page.words, words
     assert len([image for image in page.find("img") if "which left after stage" in (image["alt"] or "")]) == 2
 
