@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +19,14 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.store import Artifact
 from martlet.core.technique import Context, Progress, Technique, silent
+from martlet.deployed import deploy, resolved
 from martlet.proof import BATCH, Clock, Duel, describe_images, describe_recipe, gate
 
 if TYPE_CHECKING:
     from martlet.core.report import Document
     from martlet.data.calibration import Calibration
     from martlet.data.images import Images
-    from martlet.data.preprocess import Preprocess
-    from martlet.engine.base import Engine, Session
+    from martlet.engine.base import Session
     from martlet.measure.accuracy import Logits
 
 
@@ -209,17 +208,20 @@ def evaluate(
     *,
     engine: str | None = None,
     threads: int | None = None,
+    worst_case: int | None = None,
     trust_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """How often a model or an artifact is right, run by an engine.
 
-    engine: None is an artifact's own, and OpenVINO for a model. threads: None is all cores. trust_code: run the Python
-    file that a model, or an artifact on an engine other than its own, comes from.
+    engine: None is an artifact's own, and OpenVINO for a model. threads: None is all cores. worst_case: of how many
+    images it is also found, in PyTorch, what they cost once they are made to cost as much as they can; for what can
+    stop early. trust_code: run the Python file that a model comes from, or an artifact in PyTorch or on another engine.
 
     Returns `model`, `engine`, `precision`, `threads`, `simulated`, `images` (as in the report), `n_images`, and
     `top1_pct` and `top5_pct`, which are None without labels; and `exits`: of each stage of what can stop early the
-    `share_pct` of images that left after it, its `top1_pct` and `gmacs`; else None.
+    `share_pct` of images that left after it, its `top1_pct` and `gmacs`; else None. With `worst_case`, what
+    `measure.worst_case` gives.
 
     Raises:
         MartletError: see `martlet.core.errors`.
@@ -227,6 +229,7 @@ def evaluate(
     from martlet.data import open_images
     from martlet.measure import accuracy
 
+    model = resolved(model, trust_code)
     with deploy(model, engine, trust_code, progress) as deployed:
         test = open_images(images)
         if test.labelled:
@@ -234,6 +237,9 @@ def evaluate(
         session = deployed.open(BATCH, threads)
         found = accuracy.logits({deployed.name: session}, test, deployed.preprocess, progress)
         logits = found.values[deployed.name]
+        attacked = (
+            {} if worst_case is None else {"worst_case": _worst_case(model, test, worst_case, trust_code, progress)}
+        )
         return {
             **deployed.describe(session),
             "images": describe_images(test, len(logits), None),
@@ -241,7 +247,20 @@ def evaluate(
             "top1_pct": accuracy.topk_pct(logits, found.labels, 1),
             "top5_pct": accuracy.topk_pct(logits, found.labels, 5),
             "exits": _exits(session, found, deployed.name),
+            **attacked,
         }
+
+
+def _worst_case(model: Artifact | Model, test: Images, n: int, trust_code: bool, progress: Progress) -> dict[str, Any]:
+    """Of the first n images."""
+    import torch
+
+    from martlet.data.batches import batches
+    from martlet.measure.worst_case import worst_case
+
+    model = model.model(trust_code=trust_code) if isinstance(model, Artifact) else model
+    batch, _, _ = next(batches(test, model.preprocess, n))
+    return worst_case(model, torch.from_numpy(batch), progress=progress)
 
 
 def _exits(session: Session, found: Logits, name: str) -> list[dict[str, Any]] | None:
@@ -308,93 +327,3 @@ def bench(
                 for deployed, session, ms in zip(all_deployed, sessions, times, strict=True)
             ],
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """A model as the files of an engine; batch size and threads are chosen on opening them."""
-
-    name: str
-    engine: Engine
-    folder: Path
-    files: Sequence[str]
-    precision: str
-    preprocess: Preprocess
-    num_classes: int
-    simulated: bool
-    trust_code: bool
-
-    def open(self, batch: int, threads: int | None, leaving: bool = True) -> Session:
-        """leaving: False runs every stage of what can stop early."""
-        from martlet.engine.staged import StagedSession
-
-        session = self.engine.open(
-            self.folder, batch=batch, precision=self.precision, threads=threads, trust_code=self.trust_code
-        )
-        if isinstance(session, StagedSession):
-            session.leaving = leaving
-        return session
-
-    def describe(self, session: Session) -> dict[str, Any]:
-        return {
-            "model": self.name,
-            "engine": {"name": self.engine.name, "version": self.engine.version()},
-            "precision": self.precision,
-            "threads": session.threads,
-            "simulated": self.simulated,
-        }
-
-
-@contextmanager
-def deploy(
-    model: str | Path | Artifact | Model,
-    engine: str | None = None,
-    trust_code: bool = False,
-    progress: Progress = silent,
-) -> Iterator[Deployed]:
-    """An artifact as it lies, unless another engine is asked for; a model lowered to a folder that vanishes after.
-
-    trust_code: run the Python file that it comes from, where that is needed.
-
-    Raises:
-        MartletError: it can't be loaded, or the engine can't take it.
-    """
-    from martlet.source import load_model
-
-    asked = None if engine is None else engines.get(engine)
-    if isinstance(model, str | Path):
-        model = store.load(model) if store.find(model) else load_model(str(model), trust_code=trust_code)
-    if isinstance(model, Artifact):
-        saved = model.manifest["model"]
-        own = engines.get(model.engine)
-        if asked is None or asked.name == own.name:
-            yield Deployed(
-                name=str(model.path),
-                engine=own,
-                folder=model.path,
-                files=model.manifest["engine_files"],
-                precision=model.precision,
-                preprocess=model.preprocess,
-                num_classes=saved["num_classes"],
-                simulated=saved["simulated"],
-                trust_code=trust_code,
-            )
-            return
-        model = model.model(trust_code=trust_code)
-    target = asked or engines.get("openvino")
-    target.version()
-    with tempfile.TemporaryDirectory() as folder:
-        progress(f"write for {target.name}", 0, 1)
-        files = store.write_model(Path(folder), model, target)
-        store.seal(Path(folder), model, target.name, files)
-        yield Deployed(
-            name=model.name,
-            engine=target,
-            folder=Path(folder),
-            files=files,
-            precision=model.precision,
-            preprocess=model.preprocess,
-            num_classes=model.num_classes,
-            simulated=target.simulates(model),
-            trust_code=True,  # whoever has the model in hand has trusted its code
-        )

@@ -25,6 +25,15 @@ def evaluate(
     model_options: ModelOptions,
     engine: Engine = None,
     threads: Threads = None,
+    worst_case: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="Also make N images cost as much as they can, within 8/255 of a pixel; for what can stop early.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -37,6 +46,7 @@ def evaluate(
             image_options.open(seed),
             engine=engine,
             threads=threads,
+            worst_case=worst_case,
             trust_code=model_options.trust_code,
             progress=progress,
         )
@@ -65,6 +75,10 @@ def evaluate(
             for k, stage in enumerate(document["exits"] or (), 1)
         ),
     ]
+    if attacked := document.get("worst_case"):
+        change = f"{units.number(attacked['mean_gmacs'])} → {units.number(attacked['attacked_mean_gmacs'])} GMACs"
+        cap = f"{units.number(attacked['attacked_max_gmacs'])} of at most {units.number(attacked['max_gmacs'])} GMACs"
+        rows += [("Made to cost more", f"mean {change}, {attacked['inflation']:.2f}×"), ("Dearest of them", cap)]
     show(facts(rows))
     if document["top1_pct"] is None:
         note("the images have no labels, so nobody knows how often the model is right")

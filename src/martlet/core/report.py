@@ -140,8 +140,10 @@ class Patches(TypedDict):
 
 
 class ExitShare(TypedDict):
-    """Images that left after a stage. top1_pct: of them; None if there are none, or without labels. gmacs, latency_ms: of
-    an image that leaves there, all stages before included, by the median time of each stage."""
+    """Images that left after a stage. top1_pct: of them; None if there are none, or without labels.
+
+    gmacs, latency_ms: of an image that leaves there, all stages before included, by the median time of each stage.
+    """
 
     share_pct: float
     top1_pct: float | None

@@ -41,6 +41,7 @@ def lower(engine: Engine, model: Model, folder: Path) -> list[str]:
     Stages after an exit that no image passes aren't written: that is the cap on what an image can cost.
     """
     import torch
+    from torch.fx import GraphModule
 
     from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
     from martlet.graph.trace import trace
@@ -49,7 +50,7 @@ def lower(engine: Engine, model: Model, folder: Path) -> list[str]:
     if not has_exits(model.module):
         return []
     size = model.preprocess.size
-    module = model.module if hasattr(model.module, "graph") else trace(model.module, size)
+    module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
     windows = [tuple(window(module, each).tolist()) for each in leaves(module)]
     parts = stages(module)
     count = next((k for k, (low, _) in enumerate(windows, 1) if low == math.inf), len(parts))

@@ -14,11 +14,13 @@ EXACT = 1e-9
 """What floating point may add to a share."""
 
 
-def decide(confidences: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+def decide(confidences: np.ndarray, thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
     """At which exit (N,) each image leaves: the first whose confidence (E, N) is at least its threshold, else the last.
 
     thresholds: of the first E exits; the result is from 0 to E.
     """
+    if not len(confidences):
+        return np.zeros(confidences.shape[1], int)
     leaves = confidences >= np.asarray(thresholds)[:, None]  # (E, N)
     return np.where(leaves.any(0), leaves.argmax(0), len(confidences))
 
@@ -63,7 +65,7 @@ class Plan(NamedTuple):
     wrong: float
 
 
-def plan(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, limits: Sequence[float]) -> Plan:
+def plan(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, limits: Sequence[float] | np.ndarray) -> Plan:
     """What thresholds (E,) do to images with these confidences (E, N), right (E + 1, N) or not at each exit.
 
     costs: (E + 1,), of an image that leaves there.

@@ -56,7 +56,7 @@ def join(members: Sequence[Member], average: bool) -> GraphModule:
         powers = call(aten.exp.default, (call(aten.sub.Tensor, (logits, highest)),))
         confidence = call(aten.reciprocal.default, (call(aten.sum.dim_IntList, (powers, [1])),))
         later = call(LEAVE, (logits, confidence, later, graph.get_attr(f"exits.{i}.window")))
-    graph.output((later,))
+    graph.output(later)
     return GraphModule(root, graph)
 
 

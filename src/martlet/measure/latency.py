@@ -86,9 +86,10 @@ def throughput(
     seconds: float = 1.0,
     images: np.ndarray | None = None,
 ) -> list[Throughput]:
-    """Images a second at each batch size, from the median time of a call, or the mean over images that are given; each timed for `seconds`, 3 calls at least.
+    """Images a second at each batch size, from the median time of a call; each timed for `seconds`, 3 calls at least.
 
-    size: (H, W) of the images. images: (N, 3, H, W), of which each call takes the next; zeros, if not given.
+    size: (H, W) of the images. images: (N, 3, H, W), of which each call takes the next, all at least once, so that the
+    mean time counts; zeros, if not given.
     """
     found: list[Throughput] = []
     for i, batch in enumerate(batches):
@@ -100,7 +101,7 @@ def throughput(
         times: list[int] = []  # nanoseconds
         with _no_garbage_collection():
             start = time.perf_counter()
-            while len(times) < 3 or time.perf_counter() - start < seconds:
+            while len(times) < max(3, len(given)) or time.perf_counter() - start < seconds:
                 called = given[len(times) % len(given)]
                 before = time.perf_counter_ns()
                 session(called)

@@ -26,7 +26,7 @@ BATCH = 8
 
 
 def stage_ms(model: Model, engine: str, image: np.ndarray, seed: int = 0, progress: Progress = silent) -> list[float]:
-    """Median milliseconds of each stage on an image, float32 (1, 3, H, W), at batch 1, interleaved, as if it never left.
+    """Median milliseconds of each stage at batch 1, interleaved, on an image, float32 (1, 3, H, W), that never leaves.
 
     Raises:
         EngineError: the engine can't take the model.

@@ -78,7 +78,7 @@ class PerceptionHead(nn.Module):
 
 
 class AggregationHead(nn.Module):
-    """What attention among every s-th patch, down and across, makes of them, averaged, with the class token, to logits."""
+    """What attention makes of every s-th patch, down and across, averaged, with the class token, to logits."""
 
     def __init__(self, channels: int, classes: int, readout: Readout, stride: int, num_heads: int) -> None:
         super().__init__()

@@ -185,7 +185,7 @@ class Space(ABC, Generic[C]):
         Raises:
             UsageError: the engine only simulates them.
         """
-        from martlet.job import deploy
+        from martlet.deployed import deploy
 
         with ExitStack() as stack:
             sessions = {}

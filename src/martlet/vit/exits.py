@@ -56,13 +56,18 @@ class ExitRun:
         seen: dict[nn.Module, Tensor] = {}
         wanted = {point for points in self.points for point in points}
         handles = [point.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]})) for point in wanted]
-        handles.append(self.last.register_forward_hook(lambda m, _, y: seen.update({m: y})))
+        handles.append(self.last.register_forward_hook(lambda m, _, y: seen.update({m: plain(y)})))
         try:
             logits = type(self.module).forward(self.module, images)
         finally:
             for handle in handles:
                 handle.remove()
         return seen, logits
+
+
+def plain(y: object) -> Tensor:
+    """What a block gives, also where its library wraps it in a tuple."""
+    return cast(Tensor, y[0] if isinstance(y, tuple) else y)
 
 
 def top(tokens: Sequence[Tensor], logits: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def install_(
     """
     exits = nn.ModuleList([Exit(head.eval()) for head in heads])
     module.exits = exits
-    module.exit_run = _run(module, vit, cast(Sequence[Exit], exits), after, confidence)
+    module.__dict__["exit_run"] = _run(module, vit, cast(Sequence[Exit], exits), after, confidence)
     module.forward = types.MethodType(_forward, module)  # of the module, so that a copy's is the copy's
 
 
@@ -132,10 +137,11 @@ def check_after(name: str, after: object) -> tuple[int, ...]:
     """Raises:
     RecipeError: not a list of rising numbers of blocks.
     """
-    listed = isinstance(after, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in after)
-    if not listed or [*after] != sorted({*after}) or min(after, default=1) < 1:
-        raise RecipeError(f"{name}: after is {after!r}; it can be a rising list of blocks, as in [3, 6, 9]")
-    return tuple(after)
+    if isinstance(after, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in after):
+        numbers = tuple(after)
+        if [*numbers] == sorted({*numbers}) and min(numbers, default=1) >= 1:
+            return numbers
+    raise RecipeError(f"{name}: after is {after!r}; it can be a rising list of blocks, as in [3, 6, 9]")
 
 
 def check_none(model: Model, name: str) -> None:

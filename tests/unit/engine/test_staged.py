@@ -164,10 +164,10 @@ def test_a_stage_that_is_missing_or_of_another_build_is_refused(model, tmp_path)
     stage = artifact.path / "stage2.onnx"
     other = (artifact.path / "stage3.onnx").read_bytes()
     stage.write_bytes(other)
-    with pytest.raises(ArtifactError, match="is damaged: stage2.onnx is not what was written"):
+    with pytest.raises(ArtifactError, match=r"is damaged: stage2\.onnx is not what was written"):
         store.load(artifact.path)
     stage.unlink()
-    with pytest.raises(ArtifactError, match="is incomplete: stage2.onnx is missing"):
+    with pytest.raises(ArtifactError, match=r"is incomplete: stage2\.onnx is missing"):
         store.load(artifact.path)
     with pytest.raises(EngineError, match=r"has no stage2\.onnx; compress the model again"):
         artifact.open()

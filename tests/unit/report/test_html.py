@@ -11,7 +11,7 @@ import sample
 
 from martlet.core.errors import ArtifactError
 from martlet.core.report import Document
-from martlet.report import html
+from martlet.report import html, units
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "line"}
 LOADERS = {"src", "srcset", "href", "xlink:href", "data", "poster", "action", "background", "ping", "formaction"}
@@ -115,6 +115,29 @@ def test_patches_are_painted_after_each_block_that_reduces() -> None:
     assert len({image["src"] for image in shown}) == 2
     del document["patches"]  # as reports had it before
     assert "patches" not in Page(html.render(document)).words
+
+
+def test_where_images_left_is_told_and_shown() -> None:
+    document = sample.document()
+    assert "Where images left" not in Page(html.render(document)).words
+    picture = document["examples"][0]["jpeg_base64"]
+    document["exits"] = {
+        "stages": [
+            {"share_pct": 62.5, "top1_pct": 91.25, "gmacs": 0.31, "latency_ms": 2.5},
+            {"share_pct": 37.5, "top1_pct": None, "gmacs": 1.25, "latency_ms": 9.75},
+        ],
+        "mean_gmacs": 0.6625,
+        "max_gmacs": 1.25,
+        "examples": [
+            {"image": "a.png", "label": "tench", "artifact": "coho", "stage": 1, "jpeg_base64": picture},
+            {"image": "b.png", "label": None, "artifact": "coho", "stage": 2, "jpeg_base64": picture},
+        ],
+    }
+    page = Page(html.render(document))
+    cost, mean = (f"{units.number(gmacs)} GMACs" for gmacs in (0.31, 0.6625))
+    for words in ("62.5 %", cost, units.quantity(9.75, "ms"), "stage 1: coho, not tench", f"costs {mean} in the mean"):
+        assert words in page.words, words
+    assert len([image for image in page.find("img") if "which left after stage" in (image["alt"] or "")]) == 2
 
 
 def test_every_part_of_the_document_is_on_the_page() -> None:

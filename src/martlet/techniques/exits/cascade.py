@@ -22,9 +22,9 @@ from martlet.nn.exits import has_exits
 class Cascade(Technique):
     """Ask cheaper models first; only images of which they are unsure come to this one.
 
-    Needs no training, and takes models of any kind, rounded ones too. Together they can be better than the best of them,
-    because what two models agree on is right more often. No image stays with the first before thresholds (`deer`) or
-    windows (`window`) are set.
+    Needs no training, and takes models of any kind, rounded ones too. Together they can be better than the best of
+    them, because what two models agree on is right more often. No image stays with the first before thresholds
+    (`deer`) or windows (`window`) are set.
 
     Args:
         first: the models that come before this one, the cheapest first: what `--teacher` takes, MODEL[=FILE], or the

@@ -29,17 +29,17 @@ BUDGETS = ("mean_gmacs", "mean_latency_ms", "max_gmacs", "max_latency_ms", "max_
 class DeeR(Technique):
     """Solve the thresholds of a model's exits on calibration images, for a budget.
 
-    Of all thresholds by which the images spread over the exits as a, a², a³ …, takes those that cost least and keep the
-    limits on what is lost, or lose least within a mean cost. A limit on the peak closes the exits behind it: they aren't
-    even lowered, so no image, however it was made, costs more. With labels, what is lost is top-1; without, agreement
-    with the model's own last answer.
+    Of all thresholds by which the images spread over the exits as a, a², a³ …, takes those that cost least and keep
+    the limits on what is lost, or lose least within a mean cost. A limit on the peak closes the exits behind it: they
+    aren't even lowered, so no image, however it was made, costs more. With labels, what is lost is top-1; without,
+    agreement with the model's own last answer.
 
     Comes after whatever rounds the model, because rounding changes confidences. Give it images apart from those that
     heads were trained on, some hundreds: on images that were trained on, exits are surer than they will be.
 
     Args:
-        max_drop: points of top-1 that may be lost to the model's last answer, on the calibration images. If neither this
-            nor a mean nor a risk is given, 1 point.
+        max_drop: points of top-1 that may be lost to the last open exit's answer, on the calibration images. If neither
+            this nor a mean nor a risk is given, 1 point.
         mean_gmacs: the mean cost of an image, at most, in 10⁹ multiply-accumulates.
         mean_latency_ms: the same in milliseconds at batch 1, by the times that the stages take on the engine.
         max_gmacs: the cost of any image, at most.
@@ -53,9 +53,10 @@ class DeeR(Technique):
     Paper: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, section 3.3 (thresholds by an exponential distribution over the
         exits, for a mean, a peak and a memory budget). Angelopoulos et al., Learn then Test, 2021, arXiv 2110.01052
         (the guarantee on risk).
-    Differs: the base a is found by trying 400; the paper solves for it, or searches with the robot in the loop. Exits ask the largest probability, or what the technique that made them says, where
-        the paper asks whether two exits' actions agree. Memory isn't limited by itself: a peak budget leaves out the
-        stages behind it.
+    Differs: the equations are known from the authors' code; the paper's text wasn't at hand. The base a is found by
+        trying 400; the paper solves for it, or searches with the robot in the loop. Exits ask the largest probability,
+        or what the technique that made them says, where the paper asks whether two exits' actions agree. Memory isn't
+        limited by itself: a peak budget leaves out the stages behind it.
     Raises: RecipeError for a model without exits, too few images, a budget below the first exit, risk that can't be
         promised, or a setting out of range.
     """
@@ -183,8 +184,9 @@ class DeeR(Technique):
         if budget.risk is not None:
             half = len(right) - len(right) // 2
             return (
-                f"{100 * budget.risk:g} % of wrong answers can't be promised from {half} images, on which the last answer "
-                f"is wrong for {100 * (1 - right[-half:].mean()):.2f} %; allow more, or give more images (--num-calib)"
+                f"{100 * budget.risk:g} % of wrong answers can't be promised from {half} images, on which the last "
+                f"answer is wrong for {100 * (1 - right[-half:].mean()):.2f} %; allow more, or give more images "
+                f"(--num-calib)"
             )
         return f"no thresholds keep to {self}; allow a larger mean or a larger drop"
 

@@ -126,7 +126,7 @@ def unlike(run: ExitRun, tokens: Sequence[Tensor], last: Tensor) -> Tensor:
         for head, x in {id(head): (head, x) for head, x in (*heads[:1], *heads[-1:])}.values():
             if x.shape != last.shape:
                 continue
-            aim = head.sampled(last) if kind is AggregationHead else head.readout.split(last)[1]
+            aim = head.sampled(last) if isinstance(head, AggregationHead) else head.readout.split(last)[1]
             found, wanted = (functional.log_softmax(each, -1).flatten(0, 1) for each in (head.features(x), aim))
             losses.append(functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
     return torch.stack(losses).sum()

@@ -14,7 +14,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.nn.exits import similarity
-from martlet.vit.exits import check_after, check_none, install_, places, readout
+from martlet.vit.exits import check_after, check_none, install_, places, plain, readout
 from martlet.vit.view import VitView, view
 
 ORDERS = ("norm first", "read first")
@@ -77,7 +77,7 @@ class MuE(Technique):
     def _order(self, model: Model, vit: VitView) -> str:
         """In which order the model's own norm and reading of tokens come: found by comparing its logits."""
         seen: list[Tensor] = []
-        handle = vit.blocks[-1].module.register_forward_hook(lambda _, __, y: seen.append(y))
+        handle = vit.blocks[-1].module.register_forward_hook(lambda _, __, y: seen.append(plain(y)))
         images = torch.randn(2, 3, *model.preprocess.size, generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():

@@ -53,11 +53,11 @@ def test_stages_share_the_memory_of_the_model():
 def test_stages_one_after_the_other_give_what_the_graph_gives():
     graph, images = traced(), torch.randn(3, 3, *SIZE)
     found = run(stages(graph), images)
-    last = [*found[-1].values()][0]
+    last = next(iter(found[-1].values()))
     assert torch.equal(graph(images), last)  # no image leaves yet
     for k, exit_ in enumerate(leaves(graph)):
         window(graph, exit_).copy_(torch.tensor([torch.inf, torch.inf]))  # all leave here
-        assert torch.equal(graph(images), [*found[k].values()][0])
+        assert torch.equal(graph(images), next(iter(found[k].values())))
         window(graph, exit_).copy_(torch.tensor([-torch.inf, torch.inf]))
 
 

@@ -79,6 +79,12 @@ def test_who_leaves_where():
         assert found.wrong == pytest.approx(wrong)
 
 
+def test_without_exits_all_leave_at_the_last():
+    right = np.array([[True, False, True, True]])
+    found = solver.solve(np.empty((0, 4)), right, COSTS[:1], Budget(lost=0.0))
+    assert (found.cost, found.wrong, found.share.tolist()) == (1.0, 0.25, [1.0])
+
+
 @pytest.mark.parametrize("ratio", [0.05, 0.6, 1.0, 1.7, 30.0])
 def test_thresholds_spread_images_as_wanted(ratio):
     confidences, _ = sample()
@@ -220,6 +226,7 @@ def test_perception_head(wide):
         assert head(x)[i].tolist() == pytest.approx(oracle_perception(head, x[i], (2, 3), wide))
 
 
+@torch.no_grad()
 def oracle_aggregation(head: AggregationHead, x: torch.Tensor, grid: tuple[int, int]) -> list[float]:
     token, patches, c = x[0].tolist(), x[1:], x.shape[1]
     chosen = [i * grid[1] + j for i in range(0, grid[0], head.stride) for j in range(0, grid[1], head.stride)]
