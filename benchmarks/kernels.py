@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --parts sparse --seconds 20
 
 sparse: the product of a weight (O, I), most of it zero, with I features of S places, as a 1 × 1 convolution of a
-MobileNet has it: dense in PyTorch and OpenVINO; as rows of nonzeros in SciPy and PyTorch; and in int8 on OpenVINO, which
+MobileNet has it: dense in PyTorch and OpenVINO; as rows of nonzeros in SciPy and PyTorch; in int8 on OpenVINO, which
 can keep weights without zeros (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). attention: one attention of a ViT-S for more and
 more tokens on OpenVINO, whole, with linformer's sums, and with Linears of half their weights. norms: a ViT-Ti on
 OpenVINO as it is, and with its norms in the Linears beside them. Weights are random: no time depends on their values.
