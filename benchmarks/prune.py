@@ -4,7 +4,7 @@
     python benchmarks/prune.py --entries ziplm magnitude --ratios 0.4
     python benchmarks/prune.py --entries "ziplm, distill" --ratios 0.2    # ten minutes of training; quiet machine
     python benchmarks/prune.py --parts accuracy attention         # comcat and svd at half of attention's parameters
-    python benchmarks/prune.py --parts latency                    # OpenVINO, interleaved; needs a quiet machine
+    python benchmarks/prune.py --parts latency --timed magnitude  # OpenVINO, interleaved; needs a quiet machine
     python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for nvit's latency_table
 
 Writes one JSON file, entry after entry; started again with the same settings, it goes on where it stopped. All entries
@@ -69,7 +69,7 @@ BLOCKS = tuple(
 )
 """Sizes of a ViT-Ti's blocks and smaller ones."""
 TIMED = ("ziplm", "afm", "comcat")
-"""Entries of which speed is asked, each also followed by int8; those that can't be at a ratio are left out."""
+"""Entries of which speed is asked, unless others are named, each also followed by int8."""
 OTHERS, OTHER_IMAGES = "tiny-imagenet-200", 650
 """Images without labels that training sees besides those that calibrate."""
 DISTILL: dict[str, Any] = {"epochs": 1000.0, "batch": 50, "rate": 2e-4}
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers.write(options.out, document)
         if "latency" in options.parts:
             with working("latency") as progress:
-                document["latency"] = timed(ready(progress), options.ratios, options.seconds, progress)
+                document["latency"] = timed(ready(progress), options, progress)
             peers.write(options.out, document)
         if "table" in options.parts:
             with working("table") as progress:
@@ -301,13 +301,13 @@ class Bench:
         return 100 * right / len(self.test)
 
 
-def timed(bench: Bench, ratios: Sequence[float], seconds: float, progress: Progress) -> list[dict[str, Any]]:
+def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
     """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
     engine, context = engines.get(ENGINE), bench.for_engine(progress)
     probe = next(iter(bench.calibration))[:1].numpy()
     with ExitStack() as stack:
         runs, macs_removed = {}, {}
-        for name, model in _timed_models(bench, ratios, progress):
+        for name, model in _timed_models(bench, options.timed, options.ratios, progress):
             for recipe in ("bf16", "int8"):
                 done = pipeline.run(model, Recipe.load(recipe), context)
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -315,7 +315,7 @@ def timed(bench: Bench, ratios: Sequence[float], seconds: float, progress: Progr
                 session = engine.open(folder, precision=done.precision, threads=cores())
                 runs[f"{name}, {recipe}"] = lambda session=session: session(probe)
                 macs_removed[f"{name}, {recipe}"] = 1 - total_macs(model) / bench.macs
-        times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=seconds, progress=progress)
+        times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
     wholes = {recipe: times[f"whole, {recipe}"] for recipe in ("bf16", "int8")}
     return [
         {
@@ -353,9 +353,11 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
     return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
 
 
-def _timed_models(bench: Bench, ratios: Sequence[float], progress: Progress) -> Iterator[tuple[str, Model]]:
+def _timed_models(
+    bench: Bench, names: Sequence[str], ratios: Sequence[float], progress: Progress
+) -> Iterator[tuple[str, Model]]:
     yield "whole", bench.model
-    for name in TIMED:
+    for name in names:
         for ratio in ratios:
             try:
                 yield f"{name} {ratio}", bench.smaller(name, ratio, progress)
@@ -381,6 +383,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["accuracy"])
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES, metavar="NAME")
+    parser.add_argument("--timed", nargs="+", choices=OURS, default=TIMED, metavar="NAME", help="of the part latency")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--assets", type=Path, default=assets, help="folder with data/ and weights/ (MARTLET_ASSETS)")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/prune.json", help="results/prune.json")

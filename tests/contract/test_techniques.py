@@ -35,6 +35,8 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name fo
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
+FOR_ANY = ("dependency",)
+"""Techniques of these families that say no such thing."""
 NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
 NEED_LINEARS = ("lora", "lora_ga")
@@ -256,7 +258,7 @@ def test_a_model_of_convolutions(name, tmp_path):
     preprocess = {"size": (64, 64), "resize": (64, 64)}
     model = load_model("timm:repvit_m0_9", model_kwargs=kwargs, num_classes=10, preprocess=preprocess, seed=3)
     recipe = Recipe((registry.technique(name)(),))
-    if registry.entries()[name].family in NEED_TOKENS or name in NEED_HEADS:
+    if (registry.entries()[name].family in NEED_TOKENS and name not in FOR_ANY) or name in NEED_HEADS:
         with pytest.raises(SourceError, match="no vision transformer"):
             run(model, recipe)
         return

@@ -53,7 +53,7 @@ class Slots(nn.Module):
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, N, D), (B, H, N, E) -> (B, H, K, D), (B, H, K, E)."""
-        return self.key @ k, self.value @ v
+        return functional.linear(k.mT, self.key).mT, functional.linear(v.mT, self.value).mT
 
     @torch.no_grad()
     def set_(self, groups: Tensor) -> None:
