@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
-from martlet.core.kept import Kept
+from martlet.core.kept import Kept, digest
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.functional.distillation import spread
@@ -70,7 +70,6 @@ class FastDistill(Training):
         assert teacher is not None
         judged, learned = parts(examples, context.seed)
         order = Order(n=len(learned), batch=min(self.batch, len(learned)), seed=context.seed)
-        folder = Kept(Path(self.stored)) if self.stored else context.kept and Kept(context.kept.folder / "answers")
         top = min(self.top, model.num_classes)
         about = {
             "images": examples.digest,
@@ -79,6 +78,9 @@ class FastDistill(Training):
             "top": str(top),
             "number of classes": str(model.num_classes),
         }
+        folder = Kept(Path(self.stored)) if self.stored else None
+        if folder is None and context.kept is not None:
+            folder = Kept(context.kept.folder / f"answers-{digest([teacher.name, *about.values()])}")
         # without --teacher, whose answers these are doesn't matter; they may be another's
         named = "" if teacher.name == model.name and self.stored else teacher.name
         answers = Answers(top=top, kept=folder, about=about, teacher=named, memory={})
