@@ -24,8 +24,8 @@ def page(document: Mapping[str, Any]) -> str:
         "speeds.",
         "",
         f"Top-1 in percent of {first['n_images']} test images of CIFAR-10, of {first['model']} with "
-        f"{first['weights']}; trained on {images} other images without labels, seed {first['seed']}. One image is {point:.2f} points; a "
-        "difference under two points can be chance.",
+        f"{first['weights']}; trained on {images} other images without labels, seed {first['seed']}. One image is "
+        f"{point:.2f} points; a difference under two points can be chance.",
         "",
     ]
     cells = [
