@@ -32,7 +32,7 @@ def page(document: Mapping[str, Any]) -> str:
     timed = {row["way"]: row for row in document.get("times", [])}
     rows = []
     for row in document["memory"]:
-        name, found = row["way"], reached[row["way"]]
+        name, found = row["way"], reached.get(row["way"], [])
         total = row["activation_bytes"] + row["gradient_bytes"] + row["moment_bytes"]
         times = timed.get(name)
         rows.append(

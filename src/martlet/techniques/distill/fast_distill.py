@@ -40,8 +40,7 @@ class FastDistill(Training):
         bytes a kept class, image and epoch.
     Cost: an inference of the teacher for each image and epoch, once; then about three inferences of the student a step
         and image; nothing at run time.
-    Paper: Wu et al., TinyViT: Fast Pretraining Distillation, 2022, arXiv 2207.10666, section 3.1; held against the
-        official code.
+    Paper: Wu et al., TinyViT: Fast Pretraining Distillation, 2022, arXiv 2207.10666; held against the official code.
     Differs: images aren't mixed. Seeds follow from the training's, and are kept to be compared.
     Raises: RecipeError for a setting out of range or without images; UsageError for a teacher with other classes, or a
         folder with answers to something else; and as the loop does.

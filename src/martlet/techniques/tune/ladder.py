@@ -29,7 +29,7 @@ class Ladder(Inserted):
     Needs: images with labels (`--train`); a plain vision transformer.
     Cost: a step takes an inference of the model and training of the narrow one, about a third of `finetune`; at run
         time about 1 / narrower more.
-    Paper: Sung et al., LST: Ladder Side-Tuning, 2022, arXiv 2206.06522, section 3; held against the official code.
+    Paper: Sung et al., LST: Ladder Side-Tuning, 2022, arXiv 2206.06522; held against the official code.
     Differs: the narrow network begins from chance, not from pruned blocks of the model, and none of its blocks is left
         out. What it gives is added to what the model gives before the classifier, from zero on, so that training begins
         at what `probe` has.
