@@ -37,7 +37,7 @@ def trim(x: Float[Tensor, " n"], trim_ratio: float) -> Float[Tensor, " n"]:
 
 
 def elect(x: Float[Tensor, "m n"]) -> Float[Tensor, " n"]:
-    """The sign of the sum over m models; where that is 0, the sign that most of the n numbers have (TIES, second step)."""
+    """The sign of the sum over m models; where that is 0, that which most of the n numbers have (TIES, second step)."""
     signs = x.sum(0).sign()
     return torch.where(signs == 0, signs.sum().sign(), signs)
 
