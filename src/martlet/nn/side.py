@@ -38,7 +38,7 @@ class Prompted(nn.Module):
         nn.init.trunc_normal_(self.prompts, std=0.02)
 
     def forward(self, x: Tensor, *args: Any, **more: Any) -> Any:
-        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts.to(x.dtype).expand(x.shape[0], -1, -1)  # no len(), which a trace takes for a constant
         x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], 1)  # (B, N + P, C)
         out = self.inner(x, *args, **more)
         y = out[0] if isinstance(out, tuple) else out
