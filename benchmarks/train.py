@@ -1,9 +1,11 @@
-"""What training gives back of what few bits cost, on a small ViT and CIFAR-10.
+"""What training gives back of what few bits cost, on a small ViT and CIFAR-10; and how fast the loop takes its steps.
 
     python benchmarks/train.py        # some minutes a row on two cores, to results/train.json
+    python benchmarks/train.py steps  # a minute on a quiet machine: steps of the loop, and as timm's script takes them
 
 Each row is a recipe without and with a pass that trains, on the same 2,000 test images. Rows that are there already
-aren't done again, and a row that was stopped goes on.
+aren't done again, and a row that was stopped goes on. `steps` times the loop and the steps of timm's script (its
+loader, optimizer, loss, clipping and schedule, in this process) in turns, on the same model and images.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
+from martlet.measure import latency
 from martlet.source import load_model
+from martlet.techniques.tune.finetune import Finetune
 
 WEIGHTS = "vit_d128x4.cifar10.safetensors"
 KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
@@ -38,24 +43,35 @@ NUM_TRAIN = 10_000
 QUANTIZE = "uniform: {{weight_bits: {bits}, activation_bits: 8, ranges: {ranges}}}"
 TRAIN = "lsq: {epochs: 1.0, batch: 64, rate: 0.0005}"
 ROWS = [(3, "mse"), (2, "mse"), (3, "minmax")]
+STEPS, BATCH = 20, 64
+"""That are timed at once, and images in each."""
 PACKAGES = ("torch", "timm", "accelerate", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("rows", "steps"), default="rows", help="what to measure")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "train.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10 and weights")
     options = parser.parse_args(argv)
     try:
-        rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
+        document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"rows": []}
+        rows = document["rows"]
+        document |= {"benchmark": "train", "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        if options.part == "steps":
+            with working("time steps") as progress:
+                document["steps"] = steps(options.assets, progress)
+            peers.write(options.out, document)
+            note(f"a step of timm's is {document['steps']['speedup']['median']:.3f} of one of the loop's")
+            return 0
         for bits, ranges in ROWS:
             recipe = f"[{QUANTIZE.format(bits=bits, ranges=ranges)}, {TRAIN}]"
             if any(row["recipe"] == recipe for row in rows):
                 continue
             with working(recipe) as progress:
                 rows.append(measure(recipe, options.assets, options.out, progress))
-            peers.write(options.out, {"about": __doc__, "rows": rows})
+            peers.write(options.out, document)
             note(f"{recipe}: {rows[-1]['top1_pct']}, {rows[-1]['recovered_pct']:.0f} % of the loss")
     except MartletError as error:
         note(str(error))
@@ -67,13 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(recipe: str, assets: Path, out: Path, progress: Progress, seed: int = 0) -> dict[str, Any]:
     """One row."""
     whole = Recipe.from_yaml(f"martlet: 1\npasses: {recipe}")
-    source = load_model(
-        "timm:vit_tiny_patch16_224",
-        weights=assets / "weights" / WEIGHTS,
-        model_kwargs=KWARGS,
-        num_classes=CLASSES,
-        preprocess={"size": (32, 32), "resize": 32, "mean": MEAN, "std": STD},
-    )
+    source = small(assets)
     pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=NUM_TRAIN, seed=seed)
     test = Examples.read(
         open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=seed),
@@ -108,6 +118,85 @@ def measure(recipe: str, assets: Path, out: Path, progress: Progress, seed: int 
         "seconds": time.perf_counter() - start,
         "environment": report.environment(PACKAGES),
     }
+
+
+def small(assets: Path) -> Model:
+    """The trained ViT of width 128."""
+    return load_model(
+        "timm:vit_tiny_patch16_224",
+        weights=assets / "weights" / WEIGHTS,
+        model_kwargs=KWARGS,
+        num_classes=CLASSES,
+        preprocess={"size": (32, 32), "resize": 32, "mean": MEAN, "std": STD},
+    )
+
+
+def steps(assets: Path, progress: Progress) -> dict[str, Any]:
+    """STEPS steps of the loop, and as timm's training script takes them, in turns; milliseconds a step."""
+    model = small(assets)
+    pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=STEPS * BATCH, seed=0)
+    examples = Examples.read(pool, model.preprocess, CLASSES, progress)
+    technique = Finetune(epochs=1.0, batch=BATCH)
+    runs = {
+        "timm": lambda: timm_steps(model, examples),
+        "martlet": lambda: pipeline.run(model, Recipe((technique,)), Context(training=examples)),
+    }
+    found = latency.interleave(runs, min_seconds=60.0, max_rounds=15, progress=progress)
+    its = {name: milliseconds / STEPS for name, milliseconds in found.items()}
+    return {
+        "model": f"timm:vit_tiny_patch16_224 {KWARGS}",
+        "batch": BATCH,
+        "steps": STEPS,
+        "step_ms": {name: latency.summary(values) for name, values in its.items()},
+        "speedup": latency.ratio(its["timm"], its["martlet"]),
+        "environment": report.environment(PACKAGES),
+    }
+
+
+def timm_steps(model: Model, examples: Examples) -> None:
+    """STEPS steps as the training script of timm's repository takes them, without its log."""
+    import torch
+    from PIL import Image
+    from timm.data.loader import create_loader
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+
+    assert examples.labels is not None
+    labels = examples.labels.tolist()
+
+    class Pictures(torch.utils.data.Dataset):
+        transform: Any = None
+
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, i: int) -> Any:
+            return self.transform(Image.fromarray(examples.pixels[i].movedim(0, -1).numpy())), labels[i]
+
+    module = model.copy().module.train()
+    loader = create_loader(
+        Pictures(),
+        (3, 32, 32),
+        BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        num_workers=0,
+        persistent_workers=False,
+        mean=MEAN,
+        std=STD,
+        device=torch.device("cpu"),
+    )
+    optimizer = create_optimizer_v2(module, opt="adamw", lr=5e-4, weight_decay=0.05)
+    schedule = CosineLRScheduler(optimizer, t_initial=STEPS, t_in_epochs=False)
+    error = LabelSmoothingCrossEntropy(0.1)
+    for step, (images, truth) in enumerate(loader):
+        loss = error(module(images), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step_update(step + 1)
 
 
 def top1(model: Model, test: Examples) -> float:

@@ -18,8 +18,9 @@ from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
-from martlet.merging.technique import Finetune
+from martlet.merging.technique import Finetune, Merging
 from martlet.source import load_model
+from martlet.training.tuning import Tuning
 from martlet.vit.pruning import Pruning
 from martlet.vit.sparsity import Sparsity
 from martlet.vit.tokens import TokenReduction
@@ -28,8 +29,11 @@ NAMES = tuple(registry.entries())
 ALIKE = {
     name
     for name in NAMES
-    if issubclass(registry.technique(name), LowBit | SequentialWeights | TokenReduction | Pruning | Sparsity)
-    and name not in ("uniform", "adalog", "gptq", "tome", "magnitude")
+    if issubclass(
+        registry.technique(name),
+        LowBit | SequentialWeights | TokenReduction | Pruning | Sparsity | Merging | Tuning,
+    )
+    and name not in ("uniform", "adalog", "gptq", "tome", "magnitude", "fisher", "lora", "ladder")
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES]
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""

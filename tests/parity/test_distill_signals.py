@@ -33,7 +33,7 @@ def batch(n: int = 5) -> Batch:
 
 
 def relation_by_hand(a: Tensor, b: Tensor, heads: int, scaled: bool = True) -> list[list[list[float]]]:
-    """Of one image, (N, C) each: softmax of scaled products, head by head (equations 2 to 6)."""
+    """Of one image, (N, C) each: softmax of scaled products, head by head."""
     width = a.shape[1] // heads
     found = []
     for h in range(heads):

@@ -50,7 +50,7 @@ def error(model: Model) -> float:
 
 
 def test_a_weight_by_its_steps_is_the_papers():
-    """w = (q - z) s, with dw/ds = q - z (equation 1 and E2E-QP), number by number."""
+    """w = (q - z) s, with dw/ds = q - z, number by number."""
     codes = torch.randint(0, 8, (4, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     scale, zero = torch.rand(4, 2) + 0.1, torch.randint(0, 8, (4, 2)).float()
     layer = LearnedSteps(PackedWeightQuantizer(codes, scale, 3, zero))

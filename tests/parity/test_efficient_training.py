@@ -235,7 +235,7 @@ def test_images_and_what_regularizes_grow_stage_by_stage(monkeypatch):
 
 
 def test_sides_are_the_papers():
-    """EfficientNetV2-S: 128 to 300 pixels in four stages (table 6), before rounding."""
+    """EfficientNetV2-S: 128 to 300 pixels in four stages, before rounding."""
     assert Progressive(smallest=128, multiple=1).sides((300, 300)) == [(128, 128), (185, 185), (243, 243), (300, 300)]
 
 

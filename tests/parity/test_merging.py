@@ -31,6 +31,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.norm, self.fc2 = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+        self.register_buffer("table", torch.ones(2), persistent=False)  # as timm keeps those of positions
 
     def forward(self, x):
         return self.fc2(self.norm(self.fc1(x.mean((2, 3)))).relu())

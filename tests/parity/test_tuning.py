@@ -15,6 +15,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
+from martlet.graph.trace import trace
 from martlet.nn.side import Bottleneck, Prompted, Rung
 from martlet.source import load_model
 from martlet.techniques.tune.ladder import Ladder
@@ -168,6 +169,19 @@ def test_what_is_put_in_begins_as_nothing_learns_alone_and_reloads(name, tmp_pat
             torch.testing.assert_close(fresh.module(x), model.module(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(RecipeError, match=f"{name}: .* has such layers already"):
         tuned(registry.technique(name)(**QUICK, **settings), again)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_put_in_is_traced_for_any_batch(name):
+    model = vit()
+    registry.technique(name)(**{"ladder": {"narrower": 4}}.get(name, {}))._put_in_(model)
+    for module in model.module.modules():
+        if isinstance(module, Bottleneck | Rung):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(trace(model.module, (16, 16))(images), model.module(images), rtol=1e-4, atol=1e-5)
 
 
 def by_hand_bottleneck(layer: Bottleneck, y: list[float]) -> list[float]:

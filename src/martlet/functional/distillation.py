@@ -29,7 +29,7 @@ def relations(a: Float[Tensor, "*b n c"], b: Float[Tensor, "*b n c"], heads: int
     """log softmax(a bᵀ / √d) in each of so many heads of d = c / heads features: how tokens see each other.
 
     heads needn't be those of the model, so that models of different widths can be compared.
-    Source: Wang et al., MiniLMv2, 2021, arXiv 2012.15828, section 3.1.
+    Source: Wang et al., MiniLMv2, 2021, arXiv 2012.15828.
     """
     a, b = (x.float().unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (a, b))  # (…, h, n, d)
     return functional.log_softmax(a @ b.transpose(-2, -1) / a.shape[-1] ** 0.5, -1)
@@ -49,7 +49,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 def spread(values: Float[Tensor, "b k"], classes: Int[Tensor, "b k"], num_classes: int) -> Float[Tensor, "b n"]:
     """Probabilities of all classes, of which the k largest are known: what is left is shared evenly by the others.
 
-    Source: Wu et al., TinyViT, 2022, arXiv 2207.10666, section 3.1.
+    Source: Wu et al., TinyViT, 2022, arXiv 2207.10666, as the official code has it.
     """
     left = (1 - values.sum(1, keepdim=True)).clamp(min=0) / max(num_classes - values.shape[1], 1)
     return left.expand(-1, num_classes).scatter(1, classes, values)
@@ -58,7 +58,7 @@ def spread(values: Float[Tensor, "b k"], classes: Int[Tensor, "b k"], num_classe
 def effective_weights(counts: Float[Tensor, " k"], beta: float) -> Float[Tensor, " k"]:
     """By class, (1 - β) / (1 - β^n) of its n images, scaled to a mean of 1; a class without any counts as one image.
 
-    Source: Cui et al., Class-Balanced Loss, 2019, arXiv 1901.05555, equation 2.
+    Source: Cui et al., Class-Balanced Loss, 2019, arXiv 1901.05555.
     """
     weights = (1 - beta) / (1 - beta ** counts.double().clamp(min=1))
     return (weights / weights.mean()).float()

@@ -1,6 +1,6 @@
 """Numbers of very different sizes in 8 floating bits: a power brings a group's range to that of the format.
 
-Source: Xi et al., COAT, 2025, arXiv 2410.19313, section 4.1 (dynamic range expansion), and the official code.
+Source: Xi et al., COAT, 2025, arXiv 2410.19313, dynamic range expansion, as the official code has it.
 """
 
 from __future__ import annotations

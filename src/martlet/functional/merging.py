@@ -29,7 +29,7 @@ class Mean:
 
 
 def trim(x: Float[Tensor, " n"], trim_ratio: float) -> Float[Tensor, " n"]:
-    """x without this share of its numbers, those of least magnitude. Source: TIES, arXiv 2306.01708, section 3.2, 1."""
+    """x without this share of its numbers, those of least magnitude. Source: TIES, arXiv 2306.01708, first step."""
     drop = int(len(x) * trim_ratio)
     if not drop:
         return x
@@ -37,13 +37,13 @@ def trim(x: Float[Tensor, " n"], trim_ratio: float) -> Float[Tensor, " n"]:
 
 
 def elect(x: Float[Tensor, "m n"]) -> Float[Tensor, " n"]:
-    """The sign of the sum over m models; where that is 0, the sign that most of the n numbers have (TIES, 2)."""
+    """The sign of the sum over m models; where that is 0, that which most of the n numbers have (TIES, second step)."""
     signs = x.sum(0).sign()
     return torch.where(signs == 0, signs.sum().sign(), signs)
 
 
 def disjoint_mean(x: Float[Tensor, "m n"], signs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The mean over the models whose number has the elected sign; 0 where none has (TIES, 3)."""
+    """The mean over the models whose number has the elected sign; 0 where none has (TIES, third step)."""
     agrees: Bool[Tensor, "m n"] = x.sign() == signs
     agrees &= x != 0
     return (x * agrees).sum(0) / agrees.sum(0).clamp(min=1)
@@ -52,7 +52,7 @@ def disjoint_mean(x: Float[Tensor, "m n"], signs: Float[Tensor, " n"]) -> Float[
 def drop(x: Tensor, drop_ratio: float, generator: torch.Generator) -> Tensor:
     """x with each number 0 at this probability, and the others 1 / (1 - p) times what they were.
 
-    Source: Yu et al., DARE, 2024, arXiv 2311.03099, equations 3 and 4.
+    Source: Yu et al., DARE, 2024, arXiv 2311.03099.
     """
     stays = torch.rand(x.shape, generator=generator) >= drop_ratio
     return torch.where(stays, x / (1 - drop_ratio), 0.0)

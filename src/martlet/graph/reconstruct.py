@@ -166,7 +166,7 @@ class _FreeWeight(_LearnedWeight):
 
 
 class _WholeWeight(_LearnedWeight):
-    """A weight that moves, and the steps of its grid with it (Chen et al., EfficientQAT, 2025, section 3.2)."""
+    """A weight that moves, and the steps of its grid with it (Chen et al., EfficientQAT, 2025, arXiv 2407.11062)."""
 
     def __init__(self, quantizer: PackedWeightQuantizer, weight: Tensor) -> None:
         super().__init__(quantizer, weight)

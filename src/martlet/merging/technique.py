@@ -51,7 +51,8 @@ class Merging(Technique):
         module = model.module
         with torch.no_grad():
             base = {name: parameter.detach() for name, parameter in module.named_parameters()}
-            others = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+            kept = module.state_dict().keys()  # other buffers follow from the architecture
+            others = {name: b for name, b in module.named_buffers() if name in kept and b.is_floating_point()}
             means = averaged(others, context.finetunes)
             merged = self.merge(base, context.finetunes, model, context)
             for name, tensor in {**base, **others}.items():

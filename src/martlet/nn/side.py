@@ -38,7 +38,7 @@ class Prompted(nn.Module):
         nn.init.trunc_normal_(self.prompts, std=0.02)
 
     def forward(self, x: Tensor, *args: Any, **more: Any) -> Any:
-        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts.to(x.dtype).expand(x.shape[0], -1, -1)  # no len(), which a trace takes for a constant
         x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], 1)  # (B, N + P, C)
         out = self.inner(x, *args, **more)
         y = out[0] if isinstance(out, tuple) else out
@@ -52,7 +52,7 @@ class Rung(nn.Module):
     The narrow block gets g down(y) + (1 - g) s of the block's output y and the rung before, g = sigmoid(a / T) being
     learned. Tokens carry s behind their C features from the first rung to the last, which gives y + up(s). No gradient
     reaches the block or what comes before it.
-    Source: Sung et al., LST, 2022, arXiv 2206.06522, section 3.2.
+    Source: Sung et al., LST, 2022, arXiv 2206.06522.
     """
 
     def __init__(self, inner: nn.Module, width: int, side: int, num_heads: int, first: bool, last: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from martlet.core import pipeline
-from martlet.core.errors import DataError, NumericsError, RecipeError, UsageError
+from martlet.core.errors import DataError, MartletError, NumericsError, RecipeError, UsageError
 from martlet.core.kept import Kept
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
@@ -295,3 +295,21 @@ def test_an_unknown_policy_is_refused():
 def test_the_record_is_json():
     record = trained(Finetune(epochs=1), Context(training=examples())).steps[0].record
     assert json.loads(json.dumps(record)) == record
+
+
+def test_the_death_of_another_process_is_told(monkeypatch):
+    import accelerate
+
+    class Two(accelerate.Accelerator):
+        num_processes = 2  # type: ignore[assignment]
+
+    def reset(self) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234")
+
+    monkeypatch.setattr(loop._Run, "run_", reset)
+    technique, context = Finetune(epochs=1, batch=16), Context(training=examples())
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        trained(technique, context)
+    monkeypatch.setattr(accelerate, "Accelerator", Two)
+    with pytest.raises(MartletError, match="another process of the training died; the same command goes on from the"):
+        trained(technique, context)

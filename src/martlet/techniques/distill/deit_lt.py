@@ -36,7 +36,7 @@ class DeitLt(Training):
     Needs: images with labels (`--train`), a teacher of the same classes (`--teacher`), and a model with a distillation
         token.
     Cost: about four inferences a step and image; nothing at run time.
-    Paper: Rangwani et al., DeiT-LT, 2024, arXiv 2404.02900, section 3; held against the official code.
+    Paper: Rangwani et al., DeiT-LT, 2024, arXiv 2404.02900; held against the official code.
     Differs: images go on being mixed, where that is asked for, once classes are weighed.
     Raises: RecipeError for a setting out of range, images without labels, or a model without distillation token;
         UsageError for a teacher with other classes; and as the loop does.

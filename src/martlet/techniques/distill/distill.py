@@ -42,8 +42,8 @@ class Distill(Training):
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
     Cost: about four inferences a step and image, in floating point; nothing at run time.
     Paper: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531; Touvron et al., DeiT,
-        2021, arXiv 2012.12877, hard distillation; Romero et al., FitNets, 2015, arXiv 1412.6550, equation 3 (features);
-        Wang et al., MiniLMv2, 2021, arXiv 2012.15828, equations 2 to 6 (relations).
+        2021, arXiv 2012.12877, hard distillation; Romero et al., FitNets, 2015, arXiv 1412.6550 (features); Wang et
+        al., MiniLMv2, 2021, arXiv 2012.15828 (relations); of the latter two the text wasn't read again.
     Differs: nothing is learned from labels, which the first two weigh in. DeiT's own token for it isn't added, for
         structure stays. Features and relations are learned in all blocks and together with the logits; FitNets learns
         those of one first, and as an error that isn't relative; MiniLMv2 learns those of one block, alone.

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
-from martlet.core.kept import Kept
+from martlet.core.kept import Kept, digest
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.functional.distillation import spread
@@ -40,8 +40,7 @@ class FastDistill(Training):
         bytes a kept class, image and epoch.
     Cost: an inference of the teacher for each image and epoch, once; then about three inferences of the student a step
         and image; nothing at run time.
-    Paper: Wu et al., TinyViT: Fast Pretraining Distillation, 2022, arXiv 2207.10666, section 3.1; held against the
-        official code.
+    Paper: Wu et al., TinyViT: Fast Pretraining Distillation, 2022, arXiv 2207.10666; held against the official code.
     Differs: images aren't mixed. Seeds follow from the training's, and are kept to be compared.
     Raises: RecipeError for a setting out of range or without images; UsageError for a teacher with other classes, or a
         folder with answers to something else; and as the loop does.
@@ -70,7 +69,6 @@ class FastDistill(Training):
         assert teacher is not None
         judged, learned = parts(examples, context.seed)
         order = Order(n=len(learned), batch=min(self.batch, len(learned)), seed=context.seed)
-        folder = Kept(Path(self.stored)) if self.stored else context.kept and Kept(context.kept.folder / "answers")
         top = min(self.top, model.num_classes)
         about = {
             "images": examples.digest,
@@ -79,6 +77,9 @@ class FastDistill(Training):
             "top": str(top),
             "number of classes": str(model.num_classes),
         }
+        folder = Kept(Path(self.stored)) if self.stored else None
+        if folder is None and context.kept is not None:
+            folder = Kept(context.kept.folder / f"answers-{digest([teacher.name, *about.values()])}")
         # without --teacher, whose answers these are doesn't matter; they may be another's
         named = "" if teacher.name == model.name and self.stored else teacher.name
         answers = Answers(top=top, kept=folder, about=about, teacher=named, memory={})

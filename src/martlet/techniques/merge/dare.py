@@ -29,8 +29,7 @@ class Dare(Merging):
     Shape: none changes.
     Needs: the fine-tunes, and the model that they were tuned from (`martlet merge`); no images.
     Cost: reading them, one at a time; nothing at run time.
-    Paper: Yu et al., Language Models are Super Mario (DARE), 2024, arXiv 2311.03099, section 3; held against the
-        official code.
+    Paper: Yu et al., Language Models are Super Mario (DARE), 2024, arXiv 2311.03099; held against the official code.
     Differs: it is joined with task arithmetic alone, whose scale isn't searched.
     Raises: RecipeError without fine-tunes, or for a setting out of range.
     """

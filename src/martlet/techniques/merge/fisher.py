@@ -35,8 +35,8 @@ class Fisher(Merging):
     Shape: none changes.
     Needs: the fine-tunes, and images of each one's task, without labels (`martlet merge --images`).
     Cost: a forward pass and a backward pass a label for each image and model; nothing at run time.
-    Paper: Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2022, arXiv 2111.09832, equations 2 and 3;
-        held against the official code.
+    Paper: Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2022, arXiv 2111.09832; held
+        against the official code.
     Differs: all models weigh alike, and none is the target, so every Fisher has the floor that the official code gives
         its target's. Each model's Fishers are divided by their norm, as there.
     Raises: RecipeError without fine-tunes, for one without images, or for draws out of range.
@@ -89,7 +89,7 @@ def information(module: nn.Module, images: Batches, draws: int, generator: torch
                 )
                 for name, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        total[name] += weight * gradient.double().square()  # (3), of one label
+                        total[name] += weight * gradient.double().square()  # p(y|x) (∇ log p(y|x))²
     return {name: value / images.num_images for name, value in total.items()}
 
 

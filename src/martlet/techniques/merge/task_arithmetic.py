@@ -23,7 +23,7 @@ class TaskArithmetic(Merging):
     Shape: none changes.
     Needs: the fine-tunes, and the model that they were tuned from (`martlet merge`); no images.
     Cost: reading them, one at a time; nothing at run time.
-    Paper: Ilharco et al., Editing Models with Task Arithmetic, 2023, arXiv 2212.04089, section 2.
+    Paper: Ilharco et al., Editing Models with Task Arithmetic, 2023, arXiv 2212.04089; the text wasn't read again.
     Differs: the scale isn't searched on held-back images; 0.4 is what the literature takes without any.
     Raises: RecipeError without fine-tunes, or for a scale of 0.
     """

@@ -28,8 +28,7 @@ class Ties(Merging):
     Shape: none changes.
     Needs: the fine-tunes, and the model that they were tuned from (`martlet merge`); no images.
     Cost: all fine-tunes in memory at once; nothing at run time.
-    Paper: Yadav et al., TIES-Merging, 2023, arXiv 2306.01708, section 3.2 and algorithm 1; held against the official
-        code.
+    Paper: Yadav et al., TIES-Merging, 2023, arXiv 2306.01708; held against the official code.
     Differs: nothing known.
     Raises: RecipeError without fine-tunes, or for a setting out of range.
     """

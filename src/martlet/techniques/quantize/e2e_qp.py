@@ -28,8 +28,8 @@ class E2eQp(Training):
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
     Cost: about four inferences a step and image, in floating point; nothing at run time.
-    Paper: Chen et al., EfficientQAT, 2025, arXiv 2407.11062, section 3.3 (E2E-QP) and, for the freedom `all`, 3.2
-        (Block-AP); held against the official code.
+    Paper: Chen et al., EfficientQAT, 2025, arXiv 2407.11062, E2E-QP and, for the freedom `all`, Block-AP; held against
+        the official code.
     Differs: the loss is the teacher's logits, not labels. Steps are learned relative to what they were, whose rate is
         then the same for all. In the first phase zero points stay, which the official code learns too.
     Raises: RecipeError for a setting out of range, without images, where no weight has few bits, or where the teacher

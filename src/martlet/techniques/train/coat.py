@@ -25,7 +25,7 @@ class Coat(Training):
     Shape: none changes.
     Needs: images with labels (`--train`).
     Cost: a step as of `finetune`, and two roundings of every moment; nothing at run time.
-    Paper: Xi et al., COAT, 2025, arXiv 2410.19313, section 4 (dynamic range expansion); held against the official code.
+    Paper: Xi et al., COAT, 2025, arXiv 2410.19313, dynamic range expansion; held against the official code.
     Differs: activations aren't kept in FP8, which is the paper's other half. A group that is all alike gets a power of
         8, the official code's none. Written in torch, without kernels; torchao's AdamWFp8 has none of the expansion.
     Raises: RecipeError for a setting out of range, or images without labels; and as the loop does.

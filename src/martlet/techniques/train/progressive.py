@@ -39,8 +39,9 @@ class Progressive(Training):
     Shape: none changes but that of images.
     Needs: images with labels (`--train`).
     Cost: less than `finetune`: with half the side and four stages, about 60 % of its products; nothing at run time.
-    Paper: Tan and Le, EfficientNetV2, 2021, arXiv 2104.00298, algorithm 1 and table 6.
+    Paper: Tan and Le, EfficientNetV2, 2021, arXiv 2104.00298.
     Differs: mixup isn't part of what grows. Images are made smaller after they were changed.
+        The text wasn't read again.
     Raises: RecipeError for a setting out of range, images without labels, or a model that takes one size alone; and as
         the loop does.
     """

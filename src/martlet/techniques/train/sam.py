@@ -29,10 +29,10 @@ class Sam(Training):
     Shape: none changes.
     Needs: images with labels (`--train`).
     Cost: twice `finetune`, for each step takes two gradients; nothing at run time.
-    Paper: Foret et al., Sharpness-Aware Minimization, 2021, arXiv 2010.01412, equations 2 and 3; Chen et al., When
+    Paper: Foret et al., Sharpness-Aware Minimization, 2021, arXiv 2010.01412; Chen et al., When
         Vision Transformers Outperform ResNets, 2022, arXiv 2106.01548, for vision transformers.
     Differs: several processes share one place, where the second paper has each look for its own. Dropout is drawn anew
-        for the second gradient.
+        for the second gradient. The texts weren't read again.
     Raises: RecipeError for a setting out of range, or images without labels; and as the loop does.
     """
 

@@ -29,7 +29,7 @@ class Adapter(Inserted):
     Cost: a step is a little cheaper than of `finetune`; at run time two thin Linears more in each block.
     Paper: Houlsby et al., Parameter-Efficient Transfer Learning, 2019, arXiv 1902.00751; Pfeiffer et al., 2021, arXiv
         2005.00247, for one bottleneck a block.
-    Differs: norms aren't learned.
+    Differs: norms aren't learned. The texts weren't read again.
     Raises: RecipeError for a setting out of range, images without labels, or a model that has bottlenecks or is no
         plain ViT; SourceError for one that isn't a transformer; and as the loop does.
     """

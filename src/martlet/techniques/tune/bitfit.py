@@ -20,7 +20,7 @@ class BitFit(Tuning):
     Needs: images with labels (`--train`).
     Cost: a step is cheaper than of `finetune` by the gradients of weights; nothing at run time.
     Paper: Ben Zaken et al., BitFit, 2022, arXiv 2106.10199.
-    Differs: nothing known.
+    Differs: nothing known; the text wasn't read again.
     Raises: RecipeError for a setting out of range, or images without labels; and as the loop does.
     """
 

@@ -27,9 +27,9 @@ class Ladder(Inserted):
 
     Shape: (B, N, C) to (B, N, C + C / narrower) between blocks, and back.
     Needs: images with labels (`--train`); a plain vision transformer.
-    Cost: a step takes an inference of the model and training of the narrow one, about a third of `finetune`; at run
-        time about 1 / narrower more.
-    Paper: Sung et al., LST: Ladder Side-Tuning, 2022, arXiv 2206.06522, section 3; held against the official code.
+    Cost: a step takes an inference of the model and training of the narrow one, and on ViT-Ti keeps a quarter of what
+        `finetune` keeps; at run time the narrow network comes on top.
+    Paper: Sung et al., LST: Ladder Side-Tuning, 2022, arXiv 2206.06522; held against the official code.
     Differs: the narrow network begins from chance, not from pruned blocks of the model, and none of its blocks is left
         out. What it gives is added to what the model gives before the classifier, from zero on, so that training begins
         at what `probe` has.

@@ -27,7 +27,7 @@ class Lora(Tuning):
     Shape: none changes.
     Needs: images with labels (`--train`); the peft library.
     Cost: a step takes about as long as of `finetune`, with fewer moments to keep; nothing at run time.
-    Paper: Hu et al., LoRA, 2022, arXiv 2106.09685, section 4.1; by the peft library.
+    Paper: Hu et al., LoRA, 2022, arXiv 2106.09685; by the peft library.
     Differs: all Linears but the classifier get an update, where the paper takes query and value alone.
     Raises: RecipeError for a setting out of range, images without labels, or a model without such Linears; UsageError
         without peft; and as the loop does.

@@ -30,13 +30,13 @@ class LoraGa(Tuning):
     Args:
         rank: of each update.
         alpha: the update is scaled by alpha / √rank.
-        gamma: the larger, the smaller the factors begin (equation 12's constant).
+        gamma: the larger, the smaller the factors begin (the paper's γ).
         images: how many the gradient is taken of.
 
     Shape: none changes.
     Needs: images with labels (`--train`); the peft library.
     Cost: as `lora`, and a backward pass of all weights for the images; nothing at run time.
-    Paper: Wang et al., LoRA-GA, 2024, arXiv 2407.05000, algorithm 1; by the peft library.
+    Paper: Wang et al., LoRA-GA, 2024, arXiv 2407.05000; by the peft library.
     Differs: a decomposition by random projections, as peft has it and the official code.
     Raises: RecipeError for a setting out of range, images without labels, or Linears too narrow for the rank;
         UsageError without peft; and as the loop does.

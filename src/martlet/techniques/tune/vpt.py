@@ -31,8 +31,8 @@ class Vpt(Inserted):
     Shape: (B, N, C) to (B, N + prompts, C) inside of each block, and back.
     Needs: images with labels (`--train`); a plain vision transformer.
     Cost: a step about as of `finetune`, with few moments; at run time as many tokens more in each block.
-    Paper: Jia et al., Visual Prompt Tuning, 2022, arXiv 2203.12119, VPT-Deep, equations 5 and 6; Song et al., PVP,
-        2023, for `start`, of which the abstract alone was at hand.
+    Paper: Jia et al., Visual Prompt Tuning, 2022, arXiv 2203.12119, VPT-Deep, whose text wasn't read again;
+        Song et al., PVP, 2023, for `start`, of which the abstract alone was at hand.
     Differs: prompts begin as a truncated normal of 0.02, as tokens do in timm, where VPT's spread follows from the
         patch's size.
     Raises: RecipeError for a setting out of range, images without labels, or a model that has prompts or is no plain

@@ -1,0 +1,278 @@
+"""What ways to tune cost, in training and when deployed, and what they reach: one table (results/tuning.json).
+
+    python benchmarks/tuning.py memory              # seconds: what a step keeps, and what a task's file holds
+    python benchmarks/tuning.py accuracy            # hours on two cores: CIFAR-10, few images a class, three seeds
+    python benchmarks/tuning.py times               # minutes, on a quiet machine: steps, and the deployed model
+
+ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted, not sampled: bytes of the tensors
+that autograd keeps of one step, of gradients, and of the optimizer's moments. Deployed is OpenVINO, batch 1,
+interleaved with the untouched model; merged LoRA is the plain model again. Parts and rows that are there already
+aren't done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import peers
+from cifar import ASSETS, CLASSES
+from martlet import engine as engines
+from martlet.cli.terminal import note, working
+from martlet.core import pipeline, registry, report, store
+from martlet.core.errors import MartletError
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Progress
+from martlet.data import open_images
+from martlet.data.examples import Examples
+from martlet.measure import latency
+from martlet.source import load_model
+from martlet.training.technique import Training
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
+WAYS = ("finetune", "probe", "bitfit", "lora", "lora_ga", "adapter", "vpt", "ladder")
+BATCH, SHOTS, EPOCHS, SEEDS, NUM_TEST = 16, 8, 30, (0, 1, 2), 1000
+RATES = {"finetune": 1e-4, "probe": 1e-2}
+"""Of those whose rate isn't the technique's own: all weights move less, the classifier alone more."""
+PACKAGES = ("torch", "timm", "peft", "openvino", "numpy")
+PARTS = ("memory", "accuracy", "times")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures the parts that the command line names. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "tuning.json")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10 and weights")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME")
+    options = parser.parse_args(argv)
+    document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    document |= {
+        "benchmark": "tuning",
+        "settings": {"batch": BATCH, "shots": SHOTS, "epochs": EPOCHS, "test_images": NUM_TEST, "weights": WEIGHTS},
+    }
+    try:
+        for part in options.parts:
+            with working(part) as progress:
+                for row in PART[part](options.assets, options.ways, document.setdefault(part, []), progress):
+                    document[part] = [*(r for r in document[part] if _key(r) != _key(row)), row]
+                    document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+                    document["environment"] = report.environment(PACKAGES)
+                    peers.write(options.out, document)
+    except MartletError as error:
+        note(str(error))
+        return error.exit_status
+    return 0
+
+
+def way(name: str, **settings: Any) -> Training:
+    """A technique with the benchmark's schedule."""
+    found = registry.technique(name)()
+    assert isinstance(found, Training)
+    return replace(found, batch=BATCH, epochs=float(EPOCHS), rate=RATES.get(name, found.rate), **settings)
+
+
+def base(assets: Path, seed: int = 0) -> Model:
+    """ViT-Ti, its classifier new: ten classes, drawn by the seed."""
+    import torch
+
+    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS, num_classes=1000)
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(model.module.head.in_features, CLASSES)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
+    torch.nn.init.zeros_(head.bias)
+    model.module.reset_classifier(CLASSES)  # type: ignore[operator]
+    model.module.head = head
+    return replace(model, num_classes=CLASSES, class_names=None, origin={**model.origin, "num_classes": CLASSES})
+
+
+def few(assets: Path, model: Model, shots: int, seed: int) -> Examples:
+    """So many images of each class, drawn by the seed."""
+    pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=100 * CLASSES, seed=seed)
+    whole = Examples.read(pool, model.preprocess, CLASSES)
+    assert whole.labels is not None
+    rows = [np.flatnonzero(whole.labels.numpy() == k)[:shots] for k in range(CLASSES)]
+    chosen = np.sort(np.concatenate(rows))
+    return Examples(whole.pixels[chosen], whole.labels[chosen], whole.preprocess, pool.source)
+
+
+def gray(model: Model) -> Examples:
+    """A batch of images, where what they show doesn't matter."""
+    import torch
+
+    pixels = torch.full((BATCH, 3, *model.preprocess.size), 128, dtype=torch.uint8)
+    return Examples(pixels, torch.arange(BATCH) % CLASSES, model.preprocess, "gray")
+
+
+Rows = Callable[[Path, Sequence[str], Sequence[Mapping[str, Any]], Progress], Any]
+
+
+def memory(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+    """Bytes that a step keeps, in all and by what; and bytes of a task's file beside the model's."""
+    for i, name in enumerate(ways):
+        progress(f"count {name}", i, len(ways))
+        if any(row["way"] == name for row in rows):
+            continue
+        model = base(assets)
+        technique = way(name)
+        step = Step(model, technique, gray(model))
+        kept = step.kept_bytes()
+        optimizer = step.optimizer
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+        yield {
+            "way": name,
+            "learned": sum(p.numel() for p in learned),
+            "parameters": sum(p.numel() for p in model.module.parameters()),
+            "activation_bytes": kept,
+            "gradient_bytes": sum(p.nbytes for p in learned),
+            "moment_bytes": moments,
+            "file_bytes": sum(p.nbytes for p in learned),
+        }
+
+
+class Step:
+    """One step of the loop's, apart from it, so that it can be timed and its tensors counted."""
+
+    def __init__(self, model: Model, technique: Training, examples: Examples) -> None:
+        from martlet.training.inserted import Inserted
+        from martlet.training.objective import RATE, Batch
+
+        self.model = model
+        if isinstance(technique, Inserted):
+            technique._put_in_(model)
+        self.objective = technique.objective(model, Context(training=examples))
+        self.objective.prepare_(model.module)
+        groups = self.objective.groups(model.module, technique.weight_decay)
+        model.module.requires_grad_(False)
+        for group in groups:
+            group["lr"] = technique.rate * group.pop(RATE, 1.0)
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        self.optimizer = technique.optimizer(groups)
+        rows = np.arange(len(examples))[: technique.batch]
+        assert examples.labels is not None
+        self.batch = Batch(
+            images=examples.normalize(examples.pixels[rows]),
+            labels=examples.labels[rows],
+            indices=rows,
+            seeds=rows,
+            step=0,
+            steps=1,
+        )
+        model.module.train()
+
+    def __call__(self) -> None:
+        self.objective.loss(self.model.module, self.batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def kept_bytes(self) -> int:
+        """Of the tensors that autograd keeps for the backward pass, but for parameters, each storage once."""
+        import torch
+
+        own = {p.untyped_storage().data_ptr() for p in self.model.module.parameters()}
+        kept: dict[int, int] = {}
+        held = []  # so that no address is given twice
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+                held.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.objective.loss(self.model.module, self.batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sum(kept.values())
+
+
+def accuracy(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+    """Top-1 of each way from few images, for each seed of images, classifier and order."""
+    import torch
+
+    test = None
+    for seed in SEEDS:
+        for name in ways:
+            if any((row["way"], row["seed"]) == (name, seed) for row in rows):
+                continue
+            model = base(assets, seed)
+            if test is None:
+                pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
+                test = Examples.read(pool, model.preprocess, CLASSES, progress)
+            context = Context(training=few(assets, model, SHOTS, seed), seed=seed, progress=progress)
+            start = time.perf_counter()
+            done = pipeline.run(model, Recipe((way(name),)), context)
+            seconds = time.perf_counter() - start
+            with torch.inference_mode():
+                logits = torch.cat([done.module(test.normalize(part)) for part in test.pixels.split(100)])
+            assert test.labels is not None
+            top1_pct = 100 * float((logits.argmax(1) == test.labels).float().mean())
+            note(f"{name}, seed {seed}: {top1_pct:.1f} %")
+            yield {
+                "way": name,
+                "seed": seed,
+                "top1_pct": top1_pct,
+                "n": len(test),
+                "steps": done.steps[-1].record["steps"],
+                "seconds": seconds,
+            }
+
+
+def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+    """Milliseconds of a step and of a deployed inference, each interleaved with all others; ratios to the first."""
+    steps: dict[str, Callable[[], object]] = {}
+    models: dict[str, Model] = {"untouched": base(assets)}
+    for name in ways:
+        model = base(assets)
+        steps[name] = Step(model, way(name), gray(model))
+        tuned = base(assets)
+        quick = replace(way(name), epochs=1.0, augment="none")
+        models[name] = pipeline.run(tuned, Recipe((quick,)), Context(training=gray(tuned)))
+    trained = latency.interleave(steps, max_rounds=20, max_seconds=300.0, progress=progress)
+    target = engines.get("openvino")
+    with tempfile.TemporaryDirectory() as root:
+        runs: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            folder = Path(root) / name
+            with store.writing(folder) as writes:
+                store.seal(writes, model, target.name, store.write_model(writes, model, target))
+            session = store.load(folder).open()
+            images = np.zeros((1, 3, *model.preprocess.size), dtype=np.float32)
+            runs[name] = lambda session=session, images=images: session(images)
+        deployed = latency.interleave(runs, min_seconds=30.0, progress=progress)
+    for name in ways:
+        yield {
+            "way": name,
+            "step_ms": latency.summary(trained[name]),
+            "step_speedup": latency.ratio(trained[ways[0]], trained[name]),
+            "latency_ms": latency.summary(deployed[name]),
+            "speedup": latency.ratio(deployed["untouched"], deployed[name]),
+        }
+
+
+PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "times": times}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["way"], row.get("seed", 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
