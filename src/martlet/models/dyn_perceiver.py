@@ -274,11 +274,12 @@ class DynPerceiver(nn.Module):
 
         Returns them, and which exit it was, from 0.
         """
-        number, logits = 0, image
+        taken = image, 0
         for number, logits in enumerate(self.exits(image)):
+            taken = logits, number
             if logits.softmax(-1).max() >= confidence:
                 break
-        return logits, number
+        return taken
 
     def _walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What comes by on the way: logits at an exit, a stage's features, these pooled, and what is classified."""
