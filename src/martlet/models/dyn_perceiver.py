@@ -62,12 +62,10 @@ def _of_regnet(model: Any) -> Host:
 
 
 def _of_resnet(model: Any) -> Host:
-    stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-    dims = [its["num_chs"] for its in model.feature_info]
     return Host(
-        stem=stem,
+        stem=nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool),
         stages=(model.layer1, model.layer2, model.layer3, model.layer4),
-        dims=dims,
+        dims=[its["num_chs"] for its in model.feature_info],
         reductions=[4, *(its["reduction"] for its in model.feature_info[1:])],
     )
 
