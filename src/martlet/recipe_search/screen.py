@@ -127,9 +127,15 @@ def work(model: Model) -> tuple[int, int]:
 
 
 def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
-    """What screening says of a recipe, or why it says nothing, and the seconds."""
+    """What screening says of a recipe, or why it says nothing, and the seconds.
+
+    A defect costs its candidate alone, and is named as one: a search of hours doesn't end for it.
+    """
     start = time.perf_counter()
     try:
         return screen(yaml, progress)
     except MartletError as error:
-        return {"why": str(error), "seconds": round(time.perf_counter() - start, 3)}
+        why = str(error)
+    except Exception as error:
+        why = f"a defect of Martlet, please report it: {type(error).__name__}: {error}".rstrip(": ")
+    return {"why": why, "seconds": round(time.perf_counter() - start, 3)}
