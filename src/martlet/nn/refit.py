@@ -59,7 +59,11 @@ def refit_(
 def _seen(module: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """What goes into a layer, and what it gives."""
     found: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        found.append((args[0], out))
+
+    handle = layer.register_forward_hook(hook)
     try:
         module(images)
     finally:

@@ -97,7 +97,11 @@ def tokens_before(run: PathRun, module: nn.Module, images: Iterator[Tensor]) -> 
     """What the first block gets, by batch."""
     for batch in images:
         found: list[Tensor] = []
-        handle = run.blocks[0].module.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], found: list[Tensor] = found) -> None:
+            found.append(args[0])
+
+        handle = run.blocks[0].module.register_forward_pre_hook(hook)
         try:
             module(batch)
         finally:

@@ -88,10 +88,9 @@ class PathEnsemble(Technique):
             run = run_as_paths_(view(twin.module))
         cut = self._least(twin, run, context)
         record = {"cut": [[*path] for path in sorted(cut)], "scaled": self.scale}
-        if self.scale:
-            weights = fitted(twin, run, sorted(cut), images, found.num_read)
+        weights = fitted(twin, run, sorted(cut), images, found.num_read) if self.scale else None
         self.restore_(model, record)
-        if self.scale:
+        if weights is not None:
             its = model.module.get_submodule(run.blocks[0].name).get_parameter(SCALE)
             its.copy_(weights)
         return record
