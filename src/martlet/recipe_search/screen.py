@@ -126,10 +126,17 @@ def work(model: Model) -> tuple[int, int]:
     return integer, sum(its.macs for its in found.values()) - integer
 
 
+def reason(error: Exception) -> str:
+    """Of what was lost, in one line; with its type, where it is no error that a user could make."""
+    if isinstance(error, MartletError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".rstrip(": ")
+
+
 def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
-    """What screening says of a recipe, or why it says nothing, and the seconds."""
+    """What screening says of a recipe, or why it says nothing, and the seconds. What fails costs its candidate only."""
     start = time.perf_counter()
     try:
         return screen(yaml, progress)
-    except MartletError as error:
-        return {"why": str(error), "seconds": round(time.perf_counter() - start, 3)}
+    except Exception as error:  # noqa: BLE001 - two techniques that don't go together; told among what was lost
+        return {"why": reason(error), "seconds": round(time.perf_counter() - start, 3)}
