@@ -19,7 +19,7 @@ from martlet.core import pipeline
 from martlet.core.errors import EngineError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, silent
-from martlet.engine.base import Op, Session, check_images
+from martlet.engine.base import Op, Session
 from martlet.recipe_search import peers
 
 if TYPE_CHECKING:
@@ -99,11 +99,10 @@ class Peer(Session):
     def __init__(self, run: Callable[[np.ndarray], np.ndarray], threads: int) -> None:
         self.batch, self.threads, self._run = BATCH, threads, run
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        check_images(images, self.batch)
-        return self._run(images)
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self._run(inputs[0])]
 
-    def profile(self, images: np.ndarray, repeats: int = 10) -> list[Op]:
+    def profile(self, images: np.ndarray | Sequence[np.ndarray], repeats: int = 10) -> list[Op]:
         raise EngineError("a peer's session doesn't tell what it ran")
 
 

@@ -74,6 +74,12 @@ def one_trace_of_a_model() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_trace_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that change how a model is traced."""
+    monkeypatch.setattr(trace, "capture", trace.capture.__wrapped__)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state."""

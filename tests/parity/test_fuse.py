@@ -180,6 +180,7 @@ def test_a_folded_graph_takes_the_weights_of_another() -> None:
     assert torch.equal(graph_modules[1](images), graph_modules[0](images))
 
 
+@pytest.mark.usefixtures("no_trace_is_remembered")
 def test_this_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that forgets the mean is seen by the comparison."""
     right = fold.fuse_conv_bn_weights

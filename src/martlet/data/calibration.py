@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class Resized:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if callable(at := getattr(self._images, "at", None)):
-            yield from at(self._preprocess)
+            yield from cast(Batches, at(self._preprocess))
             return
         for batch in self._images:
             yield resize(batch, self._preprocess.size)

@@ -22,7 +22,7 @@ from martlet.recipe_search.measure import FLOAT, Measure
 from martlet.recipe_search.predict import Clock
 from martlet.recipe_search.recipes import Recipes, split, spread
 from martlet.recipe_search.record import Record
-from martlet.recipe_search.screen import Screen
+from martlet.recipe_search.screen import Screen, reason
 from martlet.recipe_search.space import First, front
 from martlet.recipe_search.study import Study, objectives
 
@@ -197,6 +197,28 @@ class Journey:
             for our in ours
         )
 
+    def out(self) -> frozenset[str]:
+        """Techniques that aren't drawn again: alone they can't be, lose FAR times what is allowed, or gain nothing."""
+        starts = [self.recipes.alone(start) for start in self.recipes.starts()]
+        base = next((self._screened(recipe) for names, recipe in starts if not names), None)
+        if base is None or "why" in base:
+            return frozenset()
+        clock, passed, seen = self.clock(), set[str](), set[str]()
+        axes = ("latency_ms", "kl", *(["file_bytes"] if self.limits.size_mb is not None else []))
+        plain = self._predicted(base, clock)
+        for names, recipe in starts:
+            entry = self._screened(recipe)
+            if entry is None or not names:
+                continue
+            seen |= names
+            if "why" in entry:
+                continue
+            values = self._predicted(entry, clock)
+            gains = any(values[axis] < plain[axis] for axis in axes)
+            if gains and (self.limits.max_drop is None or values["drop_pct"] <= FAR * self.limits.max_drop):
+                passed |= names
+        return frozenset(seen - passed)
+
     def search(self) -> None:
         """Batches are drawn, screened and told; after each, the most promising are measured on the engine."""
         idle = 0
@@ -206,7 +228,7 @@ class Journey:
                 self.promote(done - 1)
             if self.candidates is not None and sum(1 for _ in self.study.drawn()) >= self.candidates:
                 break
-            batch = self.study.batch()
+            batch = self.study.batch(self.out())
             fresh = self._screen([recipe for _, recipe in batch if recipe is not None])
             if fresh is None:
                 break
@@ -363,8 +385,8 @@ class Journey:
                 continue
             try:
                 self.measure.files(recipe)
-            except MartletError as error:
-                self.folder.put("screened", split(recipe)[0].digest(), {"why": str(error), "seconds": 0.0})
+            except Exception as error:  # noqa: BLE001 - as in screening
+                self.folder.put("screened", split(recipe)[0].digest(), {"why": reason(error), "seconds": 0.0})
                 continue
             fresh.append(recipe)
         if fresh:

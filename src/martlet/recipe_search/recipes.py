@@ -125,6 +125,18 @@ class Recipes:
             found += [alone, alone | engine] if engine and not rank else [alone | engine]
         return found
 
+    def alone(self, start: dict[str, Any]) -> tuple[frozenset[str], Recipe]:
+        """A start's recipe, and the techniques in it that aren't always there and don't just tell the engine."""
+        from optuna.trial import FixedTrial
+
+        recipe = self.draw(FixedTrial(start))
+        chosen = [t for t in recipe.passes if not self.parts[t.name].choices.always and t.stage is not Stage.ENGINE]
+        return frozenset(t.name for t in chosen), recipe
+
+    def without(self, names: frozenset[str]) -> dict[str, Any]:
+        """Suggestions that leave out each group of which all are among these."""
+        return {"/".join(group): NOTHING for group in self.groups if names.issuperset(group)}
+
     def plain(self, *names: str) -> Recipe:
         """Those techniques and what is always there, each with the settings of its class; in order."""
         wanted = {*names} | {name for name, part in self.parts.items() if part.choices.always}

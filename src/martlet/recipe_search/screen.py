@@ -126,16 +126,17 @@ def work(model: Model) -> tuple[int, int]:
     return integer, sum(its.macs for its in found.values()) - integer
 
 
-def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
-    """What screening says of a recipe, or why it says nothing, and the seconds.
+def reason(error: Exception) -> str:
+    """Of what was lost, in one line; with its type, where it is no error that a user could make."""
+    if isinstance(error, MartletError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".rstrip(": ")
 
-    A defect costs its candidate alone, and is named as one: a search of hours doesn't end for it.
-    """
+
+def screened(screen: Screen, yaml: str, progress: Progress = silent) -> dict[str, Any]:
+    """What screening says of a recipe, or why it says nothing, and the seconds. What fails costs its candidate only."""
     start = time.perf_counter()
     try:
         return screen(yaml, progress)
-    except MartletError as error:
-        why = str(error)
-    except Exception as error:
-        why = f"a defect of Martlet, please report it: {type(error).__name__}: {error}".rstrip(": ")
-    return {"why": why, "seconds": round(time.perf_counter() - start, 3)}
+    except Exception as error:  # noqa: BLE001 - two techniques that don't go together; told among what was lost
+        return {"why": reason(error), "seconds": round(time.perf_counter() - start, 3)}

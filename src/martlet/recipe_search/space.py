@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -130,7 +130,7 @@ class Space(ABC, Generic[C]):
     seed: int
     progress: Progress
     record: Record
-    losses: dict[Hashable, Loss] = field(default_factory=dict, init=False)
+    losses: dict[Any, Loss] = field(default_factory=dict, init=False)
     """What `judge` has found so far."""
 
     basis: ClassVar[str]

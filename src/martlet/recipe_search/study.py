@@ -55,37 +55,47 @@ class Study:
             raise ArtifactError(f"{path} is damaged ({type(error).__name__}); delete it to draw anew") from error
         return cls(study, recipes, sampler, seed, facts)
 
-    def batch(self) -> list[tuple[int, Recipe | None]]:
-        """The numbers and recipes of a batch that isn't told yet; None for a draw that facts forbid.
+    def batch(self, out: frozenset[str] = frozenset()) -> list[tuple[int, Recipe | None]]:
+        """The numbers and recipes of a batch that isn't told yet; None for a draw that facts or `out` forbid.
 
+        out: techniques that no draw has any more, but those that were set.
         What is left of a batch that was stopped is finished first.
         """
         from optuna.trial import Trial
 
         trials = self.study.get_trials(deepcopy=False)
         if trials and not trials[-1].state.is_finished():  # it may have been stopped in the middle of its draw
-            self.study.sampler = self._sampler(trials[-1].number)
+            self.study.sampler = self._sampler(trials[-1].number, out)
             self.recipes.draw(Trial(self.study, trials[-1]._trial_id))
         while not trials or len(trials) % BATCH or trials[-1].state.is_finished():
-            self.study.sampler = self._sampler(len(trials))
+            self.study.sampler = self._sampler(len(trials), out)
             trial = self.study.ask()
             self.recipes.draw(trial)
             trials = self.study.get_trials(deepcopy=False)
             if len(trials) % BATCH == 0:
                 break
-        return [(t.number, self.recipe(t)) for t in trials if not t.state.is_finished()]
+        pending = [(t.number, self.recipe(t)) for t in trials if not t.state.is_finished()]
+        starts = len(self.recipes.starts())
+        return [
+            (
+                number,
+                None if number >= starts and recipe and out.intersection(t.name for t in recipe.passes) else recipe,
+            )
+            for number, recipe in pending
+        ]
 
-    def _sampler(self, number: int) -> BaseSampler:
+    def _sampler(self, number: int, out: frozenset[str]) -> BaseSampler:
         """Of the draw of this number; the first ones are set."""
         from optuna.exceptions import ExperimentalWarning
         from optuna.samplers import PartialFixedSampler
 
         sampler, starts = self.sampler(self.seed + number), self.recipes.starts()
-        if number >= len(starts):
+        fixed = starts[number] if number < len(starts) else self.recipes.without(out) if out else {}
+        if not fixed:
             return sampler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            return PartialFixedSampler(starts[number], sampler)
+            return PartialFixedSampler(fixed, sampler)
 
     def tell(self, number: int, values: Sequence[float] | None, over: Mapping[str, float] | None = None) -> None:
         """None for what couldn't be evaluated."""

@@ -135,7 +135,7 @@ def allocate(
     shapes = [shape_of(block) for block in vit.blocks]
     start = sum(work(shape) for work, shape in zip(each, shapes, strict=True))
 
-    def removed() -> int:
+    def removed() -> float:
         return start - sum(work(shape) for work, shape in zip(each, shapes, strict=True))
 
     step: Step | None = None

@@ -94,6 +94,6 @@ def _resampled(positions: nn.Parameter, vit: VitView, grid: tuple[int, int]) -> 
     assert vit.tokens.grid is not None
     h, w = vit.tokens.grid
     resampled = resample_abs_pos_embed(
-        positions.detach(), grid, old_size=(h, w), num_prefix_tokens=positions.shape[1] - h * w
+        positions.detach(), [*grid], old_size=[h, w], num_prefix_tokens=positions.shape[1] - h * w
     )
     return nn.Parameter(resampled, requires_grad=positions.requires_grad)

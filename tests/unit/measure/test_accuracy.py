@@ -15,6 +15,7 @@ class Brightness:
     """A session whose logits are (mean, 2 mean); `bad` is the gray value that gives NaN."""
 
     threads = 1
+    exits = None
 
     def __init__(self, batch: int, bad: int | None = None) -> None:
         self.batch, self.bad, self.calls = batch, bad, 0

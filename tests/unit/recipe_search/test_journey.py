@@ -8,8 +8,9 @@ from martlet.core.errors import ArtifactError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.recipe_search import folder as folders
 from martlet.recipe_search.folder import Folder
-from martlet.recipe_search.journey import FINALISTS, Journey
+from martlet.recipe_search.journey import FAR, FINALISTS, Journey
 from martlet.recipe_search.limits import Limits
+from martlet.recipe_search.screen import reason, screened
 
 JOB = {"model": {"name": "a"}, "code": {"digest": "1"}, "seed": 0}
 
@@ -48,6 +49,44 @@ def test_int8_is_asked_further_only_where_floating_point_does_not_beat_it(journe
     small = Recipe.load("int8")
     larger.folder.put("measured", small.digest(), entry(small, 9.0, 0.01) | {"file_bytes": 3e5})
     assert not larger._beaten("int8")  # a limit to size is what it is for
+
+
+def test_what_gains_nothing_alone_or_loses_far_too_much_is_out(journey, monkeypatch) -> None:
+    one = journey({"none": (10.0, 0.0)})
+    base, slow, lossy, good, failed = (frozenset(names) for names in ((), ("a",), ("b",), ("c",), ("d",)))
+    entries = {
+        base: {"latency_ms": 10.0, "kl": 0.0, "drop_pct": 0.0},
+        slow: {"latency_ms": 11.0, "kl": 0.1, "drop_pct": 0.1},
+        lossy: {"latency_ms": 5.0, "kl": 0.5, "drop_pct": FAR + 0.1},
+        good: {"latency_ms": 9.0, "kl": 0.1, "drop_pct": 0.9},
+        failed: {"why": "it can't be"},
+    }
+
+    class Recipes:
+        def starts(self) -> list:
+            return [*entries]
+
+        def alone(self, start: Any) -> tuple:
+            return start, start
+
+    one.recipes = Recipes()
+    monkeypatch.setattr(one, "_screened", lambda recipe: entries[recipe])
+    monkeypatch.setattr(one, "_predicted", lambda entry, clock: entry)
+    monkeypatch.setattr(one, "clock", lambda: None)
+    assert one.out() == {"a", "b", "d"}
+    one.limits = Limits(latency_ms=8.0)  # no drop is too much
+    assert one.out() == {"a", "d"}
+    entries.pop(base)
+    assert one.out() == frozenset()
+
+
+def test_what_fails_costs_its_candidate_and_says_its_type() -> None:
+    def broken(*_: object) -> Any:
+        raise AssertionError
+
+    assert screened(broken, "recipe")["why"] == "AssertionError"  # type: ignore[arg-type]
+    assert reason(ValueError("no\nmore")) == "ValueError: no"
+    assert reason(UsageError("say this")) == "say this"
 
 
 def test_finalists_keep_the_budget_first_and_the_nearest_follow(journey) -> None:

@@ -101,6 +101,15 @@ def test_a_search_begins_with_each_technique_alone_in_what_the_engine_can_do() -
     assert {recipe.digest() for recipe in drawn} <= {recipe.digest() for recipe in every(space)}
 
 
+def test_groups_that_are_out_are_left_out_and_starts_say_what_is_alone_in_them() -> None:
+    space = recipes("fuse | tps | readout | int8 | bf16")
+    alone = [space.alone(start)[0] for start in space.starts()]
+    assert alone[0] == frozenset()
+    assert set(alone[1:]) == {frozenset({name}) for name in ("tps", "readout", "int8")}
+    assert space.without(frozenset({"int8", "tps"})) == {"int8": "none"}  # readout is in the group of tps
+    assert set(space.without(frozenset({"tps", "readout"})).values()) == {"none"}
+
+
 def test_only_what_the_recipe_has_with_what_it_says() -> None:
     space = recipes("fuse | int8")
     found = every(space)

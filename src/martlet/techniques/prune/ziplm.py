@@ -92,10 +92,11 @@ class ZipLM(Pruning):
             for (i, kind), found in measured.items()
         }
         each: Sequence[Cost] = works(model, vit)
+        whole: float = total
         if self.latency_table:
             each = [read_law(self.latency_table, self.name, context.engine)] * len(vit.blocks)
-            total = sum(cost(shape_of(block)) for cost, block in zip(each, vit.blocks, strict=True))
-        shapes = allocate(self.name, vit, each, losses, self.prune_ratio, total)
+            whole = sum(cost(shape_of(block)) for cost, block in zip(each, vit.blocks, strict=True))
+        shapes = allocate(self.name, vit, each, losses, self.prune_ratio, whole)
         return {
             i: Cut(shape)
             for i, (shape, block) in enumerate(zip(shapes, vit.blocks, strict=True))
