@@ -12,7 +12,7 @@ from torch import Tensor
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Choices, Context, Stage, Technique
+from martlet.core.technique import Context, Stage, Technique
 from martlet.vit.reading import check_global, patches_of, reading
 from martlet.vit.structure import check_attention, read_attention, write_attention_
 from martlet.vit.token_run import Patches
@@ -55,9 +55,6 @@ class Linformer(Technique):
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise RecipeError(f"linformer: stride is 1 or more patches, not {self.stride}")
-
-    def space(self) -> Choices:
-        return Choices(settings={"stride": (2, 3, 4)})
 
     def check(self, model: Model) -> None:
         vit = view(model.module)
