@@ -205,7 +205,7 @@ def view(module: nn.Module) -> VitView:
     found = _outermost(module)
     if len(found) == 1:
         root, (library, family) = found[0]
-        adapter = importlib.import_module(f"martlet.vit.{library}")
+        adapter = importlib.import_module(f"martlet.vit.hosts.{library}")
         return getattr(adapter, family)(root)
     what = f"{type(module).__module__}.{type(module).__qualname__}"
     if found:
