@@ -124,7 +124,7 @@ def write_attention_(
     slots, mixed: as of `ShapedAttention`.
     """
     old = block.attention
-    adapter = importlib.import_module(f"martlet.vit.{vit.library}")
+    adapter = importlib.import_module(f"martlet.vit.hosts.{vit.library}")
     like = old.proj.weight
     window = None if old.window is None else old.window.size
     layer: ShapedAttention = adapter.CutAttention(
