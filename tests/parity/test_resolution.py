@@ -1,6 +1,7 @@
 """resolution against a slow resampling of positions in plain Python, in every library; and what runs after it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_positions_are_resampled_and_all_else_stays(more, prefix):
 
 
 def test_this_can_fail():
-    positions = vit().module.pos_embed[0].detach()
+    positions = vit().module.state_dict()["pos_embed"][0]
     right, blurred = (resampled(positions, 1, 8, 6, antialias) for antialias in (True, False))
     assert (right - blurred).abs().max() > 1e-2 * right.abs().max()
     assert not torch.allclose(right, resampled(positions.flip(0), 1, 8, 6))
@@ -96,6 +97,7 @@ def test_the_preprocessing_keeps_its_share_of_the_image_and_later_passes_get_suc
     assert small.preprocess.size == (64, 64)
     small = pipeline.run(model, Recipe((Resolution(size=48), *Recipe.load("int8").passes)), Context(images=images))
     assert small.preprocess.size == (48, 48)
+    assert isinstance(model.preprocess.resize, int)
     assert small.preprocess.resize == model.preprocess.resize * 48 // 64
     assert small.module(torch.zeros(1, 3, 48, 48)).shape == (1, 5)
     assert seen
@@ -116,7 +118,14 @@ def test_other_libraries_positions(spec, tmp_path):
         transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
         model, name = load_model(f"hf:{tmp_path}"), "position_embeddings"
     else:
-        small = {"image_size": 64, "patch_size": 8, "num_layers": 1, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
+        small: dict[str, Any] = {
+            "image_size": 64,
+            "patch_size": 8,
+            "num_layers": 1,
+            "num_heads": 3,
+            "hidden_dim": 24,
+            "mlp_dim": 48,
+        }
         from torchvision.models import VisionTransformer
 
         model, name = load_model("torchvision:vit_b_16"), "pos_embedding"

@@ -1,6 +1,7 @@
 """Curve lengths against what is known in closed form, and against a polygon of many points."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from torch import nn
 from martlet.measure.length_distortion import length_distortion, without_norms
 
 SIZE = (16, 16)
-TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "num_classes": 0}
+TINY: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "num_classes": 0}
 
 
 def vit(depth: int, seed: int) -> nn.Module:
