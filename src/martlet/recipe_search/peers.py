@@ -108,7 +108,7 @@ def has_attention(model: Model) -> bool:
 
 def main(job: str) -> None:
     """Quantizes, and saves."""
-    import nncf
+    import nncf  # pyright: ignore[reportMissingImports] - an extra
     import numpy as np
     import openvino as ov
 
