@@ -3,7 +3,8 @@
     python benchmarks/cifar.py swin hybrid mamba --out DIR        # an hour on two cores
 
 Writes DIR/NAME.safetensors and DIR/NAME.json, which says how it was trained and its top-1 on the test images. What is
-there already isn't trained again. `load` gives a trained one to other benchmarks.
+there already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of `weights` beside
+this file, which has the Swin, in float16.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 ASSETS = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
+KEPT = Path(__file__).parent / "weights"
 CLASSES = 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -98,9 +100,11 @@ def load(name: str, folder: Path) -> Model:
     Raises:
         UsageError: it wasn't.
     """
-    file = folder / f"{name}.safetensors"
-    if not file.is_file():
-        raise UsageError(f"{file} isn't there; python benchmarks/cifar.py {name} --out {folder} trains it")
+    file = next((f / f"{name}.safetensors" for f in (folder, KEPT) if (f / f"{name}.safetensors").is_file()), None)
+    if file is None:
+        raise UsageError(
+            f"{folder / name}.safetensors isn't there; python benchmarks/cifar.py {name} --out {folder} trains it"
+        )
     return SMALL[name].load(file)
 
 
