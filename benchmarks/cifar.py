@@ -3,8 +3,8 @@
     python benchmarks/cifar.py swin hybrid mamba --out DIR        # an hour on two cores
 
 Writes DIR/NAME.safetensors and DIR/NAME.json, which says how it was trained and its top-1 on the test images. What is
-there already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of `weights` beside
-this file, which has the Swin, in float16.
+there already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of `weights`
+beside this file, which has the Swin, in float16.
 """
 
 from __future__ import annotations
