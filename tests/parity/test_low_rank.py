@@ -158,3 +158,14 @@ def test_what_was_asked_goes_and_what_would_cost_more_stays() -> None:
 def test_a_ratio_that_empties_layers_is_refused(technique: Technique) -> None:
     with pytest.raises(RecipeError, match=rf"^{technique.name}: ratio 0.99 can't be reached in timm:vit_tiny"):
         apply(build(TINY), technique)
+
+
+def test_tokens_reduced_after_it_run_the_thin_linears_and_int8_takes_them() -> None:
+    """Blocks that run by their parts multiply by both factors, and never by their product."""
+    from martlet.graph.sites import sites
+
+    thin = apply(build(TINY), SVD(ratio=0.3, multiple=4, allocation="same"))
+    both = pipeline.run(thin, Recipe.load("tps") | Recipe.load("int8"), Context(images=Smooth()))
+    names = {site.name for site in sites(both.module)}  # type: ignore[arg-type]
+    assert {"blocks.1.attn.qkv.down", "blocks.1.attn.qkv.up", "blocks.1.attn.proj.down"} <= names
+    assert logits(both).isfinite().all()
