@@ -158,3 +158,14 @@ def test_what_was_asked_goes_and_what_would_cost_more_stays() -> None:
 def test_a_ratio_that_empties_layers_is_refused(technique: Technique) -> None:
     with pytest.raises(RecipeError, match=rf"^{technique.name}: ratio 0.99 can't be reached in timm:vit_tiny"):
         apply(build(TINY), technique)
+
+
+def test_blocks_whose_tokens_are_reduced_after_it_multiply_by_both_factors() -> None:
+    """And never by their product, which would be computed anew in every call, and which int8 can't round."""
+    from martlet.graph.sites import sites
+
+    thin = apply(build(TINY), SVD(ratio=0.3, multiple=4, allocation="same"))
+    found = pipeline.traced(pipeline.run(thin, Recipe.load("tps"), Context()))
+    every = list(sites(found.module))  # type: ignore[arg-type]
+    assert {"blocks.1.attn.qkv.down", "blocks.1.attn.qkv.up", "blocks.1.attn.proj.down"} <= {s.name for s in every}
+    assert all(s.node.args[s.weight].op == "get_attr" for s in every if s.weight is not None)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+from martlet.nn.low_rank import LowRankLinear
 from martlet.vit.view import AttentionView, BlockView, LinearView, Part
 
 
@@ -47,7 +48,7 @@ def project(attention: AttentionView, x: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def linear(map_: LinearView, x: Tensor) -> Tensor:
     """All rows of the Linear that a map is part of."""
-    if isinstance(map_.module, nn.Linear):
+    if isinstance(map_.module, nn.Linear | LowRankLinear):  # the product of two thin ones is never computed
         return map_.module(x)
     return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
 
