@@ -180,7 +180,8 @@ class Duel:
         from martlet.measure import stages
 
         chosen = stages.spread(result.exits["artifact"], TIMED)
-        return {which: stages.pick(test, its, chosen, self.seed) for which, its in preprocess.items()}
+        picked = {its: stages.pick(test, its, chosen, self.seed) for its in {*preprocess.values()}}  # each decodes anew
+        return {which: picked[its] for which, its in preprocess.items()}
 
     def _each(self, what: str, *names: str) -> Iterator[str]:
         """The names, or both sides, one after the other, saying how far it is."""

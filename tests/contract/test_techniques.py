@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from martlet.core import pipeline, registry, store
-from martlet.core.errors import RecipeError, SourceError, UsageError
+from martlet.core.errors import MartletError, RecipeError, SourceError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
@@ -254,6 +254,25 @@ def test_a_second_application_is_refused_where_it_breaks_what_it_requires(model,
         assert len(again.steps) == 2
 
 
+def refusal_of_convolutions(name: str) -> tuple[type[MartletError], str] | None:
+    """With what a technique refuses a network of convolutions that nothing was done to; None if it takes it."""
+    if (registry.entries()[name].family in NEED_TOKENS and name not in FOR_ANY) or name in NEED_HEADS:
+        return SourceError, "no vision transformer"
+    if name in NEED_TWO_TOKENS:
+        return RecipeError, rf"^{name}: .* has no distillation token"
+    if name in NEED_LINEARS:
+        return RecipeError, rf"^{name}: the model has no Linear but its classifier"
+    if name in NEED_WIDE_LINEARS:
+        return RecipeError, rf"^{name}: no Linear of timm:repvit_m0_9 is large enough"
+    if name in NEED_INTEGER_FORMS:
+        return UsageError, rf"^{name}: timm:repvit_m0_9 has \w+ \(\w+\).* which has no integer form"
+    if name in NEED_EXITS:
+        return RecipeError, rf"^{name}: .*{NEED_EXITS[name]}"
+    if name in NEED_BEFORE:
+        return RecipeError, rf"^{name}: nothing of .* is {NEED_BEFORE[name]} yet; put what .* before it"
+    return None
+
+
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", EACH)
 def test_a_model_of_convolutions(name, tmp_path):
@@ -262,34 +281,9 @@ def test_a_model_of_convolutions(name, tmp_path):
     preprocess = {"size": (64, 64), "resize": (64, 64)}
     model = load_model("timm:repvit_m0_9", model_kwargs=kwargs, num_classes=10, preprocess=preprocess, seed=3)
     recipe = Recipe((registry.technique(name)(),))
-    if (registry.entries()[name].family in NEED_TOKENS and name not in FOR_ANY) or name in NEED_HEADS:
-        with pytest.raises(SourceError, match="no vision transformer"):
-            run(model, recipe)
-        return
-    if name in NEED_TWO_TOKENS:
-        with pytest.raises(RecipeError, match=rf"^{name}: .* has no distillation token"):
-            run(model, recipe)
-        return
-    if name in NEED_LINEARS:
-        with pytest.raises(RecipeError, match=rf"^{name}: the model has no Linear but its classifier"):
-            run(model, recipe)
-        return
-    if name in NEED_WIDE_LINEARS:
-        with pytest.raises(RecipeError, match=rf"^{name}: no Linear of timm:repvit_m0_9 is large enough"):
-            run(model, recipe)
-        return
-    if name in NEED_INTEGER_FORMS:
-        with pytest.raises(UsageError, match=rf"^{name}: timm:repvit_m0_9 has \w+ \(\w+\).* which has no integer form"):
-            run(model, recipe)
-        return
-    if name in NEED_EXITS:
-        with pytest.raises(RecipeError, match=rf"^{name}: .*{NEED_EXITS[name]}"):
-            run(model, recipe)
-        return
-    if name in NEED_BEFORE:
-        with pytest.raises(
-            RecipeError, match=rf"^{name}: nothing of .* is {NEED_BEFORE[name]} yet; put what .* before it"
-        ):
+    if refused := refusal_of_convolutions(name):
+        error, text = refused
+        with pytest.raises(error, match=text):
             run(model, recipe)
         return
     done = run(model, recipe)

@@ -9,7 +9,7 @@ from typer import Argument, Context, Option
 
 from martlet.cli.budget import BudgetOptions
 from martlet.cli.compress import run
-from martlet.cli.options import ENGINE_NAMES, ImageOptions, Json, ModelOptions, Overwrite, Seed, Threads
+from martlet.cli.options import EngineName, ImageOptions, Json, ModelOptions, Overwrite, Seed, Threads
 from martlet.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def cascade(
     width: Annotated[
         float, Option(min=0, max=1, metavar="SHARE", help="With --coverage, how many images go on to the next model.")
     ] = 0.2,
-    engine: Annotated[str, Option(metavar="ENGINE", help=f"{ENGINE_NAMES}.")] = "openvino",
+    engine: EngineName = "openvino",
     calib: Annotated[
         str | None,
         Option(

@@ -10,7 +10,7 @@ from typer import Context, Option
 
 from martlet.cli.budget import BudgetOptions
 from martlet.cli.options import (
-    ENGINE_NAMES,
+    EngineName,
     Epochs,
     ImageOptions,
     Json,
@@ -45,7 +45,7 @@ def compress(
     recipe: Annotated[
         str, Option(metavar="RECIPE", help="A shipped recipe, techniques joined by `|`, or a YAML file.")
     ] = "int8",
-    engine: Annotated[str, Option(metavar="ENGINE", help=f"{ENGINE_NAMES}.")] = "openvino",
+    engine: EngineName = "openvino",
     calib: Annotated[
         str | None,
         Option(

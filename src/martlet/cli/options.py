@@ -30,6 +30,7 @@ Spec = Annotated[
 ]
 ENGINE_NAMES = "openvino, onnxruntime or torch"
 Json = Annotated[bool, Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
+EngineName = Annotated[str, Option(metavar="ENGINE", help=f"{ENGINE_NAMES}.")]
 Threads = Annotated[int | None, Option(min=1, metavar="N", help="Cores to use; all, if not given.")]
 Seed = Annotated[int, Option(min=0, metavar="N", help="Of samples, of random weights and of the order of timing.")]
 Teacher = Annotated[

@@ -15,12 +15,12 @@ import numpy as np
 from martlet.core.errors import EngineError
 from martlet.core.report import cpu_flags
 from martlet.core.technique import Int8Form
-from martlet.engine.base import Engine, Op, Piece, Session, file_in, together
+from martlet.engine.base import WHOLE, Engine, Op, Piece, Session, file_in, together
 
 if TYPE_CHECKING:
     import openvino as ov
 
-XML, BIN = "model.xml", "model.bin"
+XML, BIN = f"{WHOLE}.xml", f"{WHOLE}.bin"
 CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 KERNEL_PRECISIONS = {"i8": "i8", "u8": "i8", "bf16": "bf16", "f16": "f16", "f32": "f32", "i32": "i32"}
 WARM_UP = 3

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from martlet.core.technique import Batches, Progress, silent
 from martlet.graph.trace import shapes_of
 from martlet.measure.macs import macs_by_node
 from martlet.nn.exits import LEAVE
@@ -92,6 +94,19 @@ def run(parts: Sequence[Stage], images: Tensor) -> list[dict[str, Tensor]]:
         values |= given
         found.append(given)
     return found
+
+
+def ask(parts: Sequence[Stage], batches: Batches, progress: Progress = silent) -> tuple[np.ndarray, np.ndarray]:
+    """Every exit's confidence (E, N), and the first answer of each and of the last stage (E + 1, N)."""
+    confidences, answers, done = [], [], 0
+    for batch in batches:
+        with torch.inference_mode():
+            found = [[*given.values()] for given in run(parts, batch)]
+        confidences.append(torch.stack([values[1] for values in found[:-1]]).float().numpy())
+        answers.append(torch.stack([values[0].argmax(1) for values in found]).numpy())
+        done += len(batch)
+        progress("ask every exit", done, batches.num_images)
+    return np.concatenate(confidences, 1), np.concatenate(answers, 1)
 
 
 def cumulative_macs(parts: Sequence[Stage], size: tuple[int, int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +13,10 @@ from torch.fx import GraphModule
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
-from martlet.core.technique import Batches, Context, Stage, Technique
+from martlet.core.technique import Context, Stage, Technique
 from martlet.functional import exits as solver
 from martlet.functional.exits import Budget
-from martlet.graph.stages import Stage as Part
-from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
+from martlet.graph.stages import ask, cumulative_macs, leaves, stages, window
 from martlet.nn.exits import ALWAYS
 
 LEAST = 16
@@ -126,7 +125,7 @@ class DeeR(Technique):
         macs = np.array(cumulative_macs(parts, model.preprocess.size))
         costs = self._stage_ms(model, context) if self._in_ms() else macs / 1e9
         count = self._open(costs)
-        confidences, answers = _ask(parts, images, context)
+        confidences, answers = ask(parts, images, context.progress)
         labels = getattr(images, "labels", None)
         right = answers == (answers[-1] if labels is None else labels)
         budget = self._budget()
@@ -197,19 +196,6 @@ class DeeR(Technique):
         return (
             f"at most {100 * budget.risk:g} % wrong on images like the calibration images, with {sure:g} % confidence"
         )
-
-
-def _ask(parts: Sequence[Part], images: Batches, context: Context) -> tuple[np.ndarray, np.ndarray]:
-    """Every exit's confidence (E, N) and first answer (E + 1, N)."""
-    confidences, answers, done = [], [], 0
-    for batch in images:
-        with torch.inference_mode():
-            found = [[*given.values()] for given in run(parts, batch)]
-        confidences.append(torch.stack([values[1] for values in found[:-1]]).float().numpy())
-        answers.append(torch.stack([values[0].argmax(1) for values in found]).numpy())
-        done += len(batch)
-        context.progress("ask every exit", done, images.num_images)
-    return np.concatenate(confidences, 1), np.concatenate(answers, 1)
 
 
 def _pct(share: np.ndarray) -> list[float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.fx import GraphModule
 
@@ -13,7 +14,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage, Technique
 from martlet.functional import exits as solver
-from martlet.graph.stages import leaves, run, stages, window
+from martlet.graph.stages import ask, leaves, stages, window
 
 LEAST = 16
 """Calibration images, for quantiles to mean something."""
@@ -68,12 +69,9 @@ class Window(Technique):
         assert isinstance(module, GraphModule)
         if images.num_images < LEAST:
             raise RecipeError(f"window: {images.num_images} calibration images are too few; give {LEAST} or more")
-        exits, parts, found = leaves(module), stages(module), []
-        for batch in images:
-            with torch.inference_mode():
-                found.append(torch.stack([[*given.values()][1] for given in run(parts, batch)[:-1]]))
+        confidences, _ = ask(stages(module), images, context.progress)
         bounds = []
-        for exit_, confidence in zip(exits, torch.cat(found, 1).double().numpy(), strict=True):
+        for exit_, confidence in zip(leaves(module), confidences.astype(np.float64), strict=True):
             bounds.append(solver.around(confidence, self.coverage, self.width))
             window(module, exit_).copy_(torch.tensor(bounds[-1]))
         return {"images": images.num_images, "windows": [[str(low), str(high)] for low, high in bounds]}
