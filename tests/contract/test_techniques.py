@@ -39,7 +39,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name fo
 """Of techniques that are made from one class, one or two are applied in every run, and all by make test-all."""
 NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
-FOR_ANY = ("dependency",)
+FOR_ANY = ("dependency", "resolution")
 """Techniques of these families that say no such thing."""
 NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
