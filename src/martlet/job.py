@@ -75,6 +75,7 @@ def compress(
     Raises:
         MartletError: see `martlet.core.errors`; nothing is left at `out`.
     """
+    from martlet.data import open_images
     from martlet.source import load_model
 
     clock, out = Clock(), Path(out)
@@ -98,16 +99,16 @@ def compress(
         source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
         facts = recipe.facts(source.facts)
         num_calib = num_calib if recipe.needs_images else 0
-        test, calibration = _data(images, train if calib is None else calib, num_calib, source, seed, progress)
-        context.images = calibration
-        training = None
+        test, training = open_images(images), None
         if train is not None:
-            from martlet.data import open_images
-            from martlet.data.examples import Examples
-
             training = open_images(train)
             if training.source == test.source and isinstance(train, str | Path):
                 raise UsageError("--images and --train are the same; what is tested on can't be trained on")
+        test, calibration = _data(test, train if calib is None else calib, num_calib, source, seed, progress)
+        context.images = calibration
+        if training is not None:
+            from martlet.data.examples import Examples
+
             context.training = Examples.read(training, source.preprocess, source.num_classes, progress)
         if teacher is not None:
             from martlet.training.job import load_teacher
@@ -177,13 +178,12 @@ def prove(
 
 
 def _data(
-    images: Any, calib: Any, num_calib: int, model: Model, seed: int, progress: Progress
+    test: Images, calib: Any, num_calib: int, model: Model, seed: int, progress: Progress
 ) -> tuple[Images, Calibration | None]:
     """Test images, and calibration batches if any are needed."""
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
 
-    test = open_images(images)
     if isinstance(calib, str | Path) and str(calib) == test.source:
         raise UsageError("--images and --calib are the same; leave --calib out, and a part of --images is kept for it")
     if test.labelled:

@@ -41,14 +41,14 @@ def capture(module: nn.Module, example: torch.Tensor) -> GraphModule:
     try:
         with torch.no_grad():
             program = torch.export.export(module.eval(), (example,), dynamic_shapes=(batch,))
+        einsum = aten.einsum.default
+        program = program.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
+        graph_module = program.module(check_guards=False)  # fails for parameters named `graph` or `code`
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SourceError(
             f"torch.export can't capture this {type(module).__name__} for any batch size: {first}"
         ) from error
-    einsum = aten.einsum.default
-    program = program.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
-    graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     simplify_(graph_module)
     fold_batch_norms_(graph_module)
