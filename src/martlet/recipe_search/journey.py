@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from martlet.core import pipeline, store
 from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Progress
+from martlet.core.technique import Progress, Technique
 from martlet.recipe_search import peers
 from martlet.recipe_search.folder import Folder
 from martlet.recipe_search.limits import Limits, Values
@@ -176,16 +176,31 @@ class Journey:
         self.note()
 
     def find_fronts(self) -> None:
-        """What techniques have to be measured for before their settings can be drawn."""
+        """What techniques have to be measured for before their settings can be drawn; then one of each on the engine,
+        which tells what less work gains there."""
+        measured = set[str]()
         for name, part in self.recipes.parts.items():
             kind = part.choices.front
             if kind is None or self._beaten(name):
                 continue
             stands_for_all = kind.basis if kind.basis in self.recipes.parts else None
             first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
-            if (front := self._front(stands_for_all or first)) is not None:
+            stands = stands_for_all or first
+            found = self._front(stands) or []
+            if front := found if name == stands else [s for s in found if self._takes(part.technique, s)]:
                 self.recipes.fronts[name] = front
+                measured.add(stands)
             self.note()
+        starts = [self.recipes.alone(start) for start in self.recipes.starts()]
+        self._measure([recipe for names, recipe in starts if len(names) == 1 and names <= measured])
+
+    def _takes(self, technique: Technique, settings: Mapping[str, Any]) -> bool:
+        """Whether settings that were found for another technique are possible for this one."""
+        try:
+            replace(technique, **settings).check(self.measure.source)
+        except MartletError:
+            return False
+        return True
 
     def _beaten(self, name: str) -> bool:
         """Whether a technique makes nothing better: each reference that has it is beaten by one that hasn't."""
