@@ -270,15 +270,30 @@ class Journey:
         self.folder.put("rounds", str(number), {"promoted": [entry["recipe"] for entry in chosen]})
         self.note()
 
-    def chosen(self) -> Values:
+    def leading(self) -> Values:
         """The best that was measured within the limits, else the nearest to them."""
-        points = self.candidates_measured()
+        return self._best(self.candidates_measured())
+
+    def chosen(self) -> Values:
+        """The leading one; once the finalists were timed side by side, the best of them by those times.
+
+        What they lose is still what was seen in the search, so that no test image chooses.
+        """
+        final = self.final()
+        timed = [
+            {**point, "latency_ms": final[digest]["latency_ms"]}
+            for digest, point in self.measured.items()
+            if digest in final and digest != FLOAT.digest()
+        ]
+        return self._best(timed) if timed else self.leading()
+
+    def _best(self, points: Sequence[Values]) -> Values:
         return self.limits.best(points) or self.limits.nearest(points)
 
     def finalists(self) -> dict[str, Recipe]:
         """By digest, what is measured on held-out images: the references, the winner, and more of the front."""
         points = self.candidates_measured()
-        first = self.chosen()
+        first = self.leading()
         best = [
             p for p in front(points, lambda v: v["latency_ms"], lambda v: v["kl"]) if p["recipe"] != first["recipe"]
         ]

@@ -107,6 +107,18 @@ def test_finalists_keep_the_budget_first_and_the_nearest_follow(journey) -> None
     assert [tight.measured[digest]["latency_ms"] for digest in tight.finalists()] == [10.0, 8.0, 7.0, 6.0]
 
 
+def test_times_side_by_side_choose_among_finalists_and_what_they_lose_there_does_not(journey) -> None:
+    one = journey({"none": (10.0, 0.0)})
+    recipes = {ms: Recipe(Recipe.load("fuse").passes * int(10 * ms)) for ms in (6.5, 6.9, 5.0)}
+    for ms, recipe in recipes.items():
+        one.folder.put("measured", recipe.digest(), entry(recipe, ms, 0.0, 3.0 if ms == 5.0 else 0.0))
+    assert one.chosen()["latency_ms"] == 6.5
+    together = {6.5: 7.2, 6.9: 6.8, 5.0: 5.0}
+    final = {recipes[ms].digest(): {"latency_ms": other, "drop_pct": 9.0} for ms, other in together.items()}
+    one.folder.put("final", one._final_key, final | {one.references["none"].digest(): {"latency_ms": 10.0}})
+    assert one.chosen()["recipe"] == recipes[6.9].to_yaml()  # that of 5 ms had lost too much in the search
+
+
 def test_a_folder_of_another_model_code_or_version_is_refused(tmp_path, monkeypatch) -> None:
     path = tmp_path / "run"
     Folder.open(path, JOB, overwrite=False)
