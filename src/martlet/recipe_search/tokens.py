@@ -1,25 +1,28 @@
 """In which blocks a model loses tokens, and how many.
 
-Latency is nearly a sum over blocks, so a handful of models timed on the engine tell that of every schedule; what a
-schedule loses is computed on images in PyTorch, from the first block that reduces on.
+Latency is nearly a sum over blocks, so a handful of models timed on the engine, and a block's products with weights for
+every number of tokens, tell that of every schedule; what a schedule loses is computed on images in PyTorch, from the
+first block that reduces on. Of numbers of tokens that are near each other, those are tried that the engine is fast at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from martlet.core.recipe import Recipe
+from martlet.recipe_search.rows import times_ms
 from martlet.recipe_search.space import TIMED_ON, First, Loss, Space, front
 
 if TYPE_CHECKING:
     from martlet.vit.tokens import TokenReduction
 
 PARTS = 12
-"""A reduction takes a multiple of so many parts of the patches."""
+"""Of each of so many parts of the patches, one number of tokens left is tried."""
 MOST_REDUCTIONS = 3
 WIDTH = 32
 """How many schedules with one more reduction are tried: those that promise most."""
@@ -31,17 +34,26 @@ Schedule = tuple[tuple[int, int], ...]
 class Table(NamedTuple):
     """Latency of every schedule, from that of a few.
 
-    base_ms: nothing removed. fixed_ms: what one reduction takes. saved_ms: by tokens removed, in order, what one block
-    saves that computes so many fewer. depth: of blocks that compute all their tokens.
+    base_ms: nothing removed. fixed_ms: what one reduction takes. rows_ms: by tokens removed, what products with weights
+    take in one block; from none removed on, all that can be. rest_ms: by some numbers of tokens removed, in order, what
+    one block saves besides. depth: of blocks that compute all their tokens.
     """
 
     base_ms: float
     fixed_ms: float
-    saved_ms: tuple[tuple[int, float], ...]
+    rows_ms: tuple[float, ...]
+    rest_ms: tuple[tuple[int, float], ...]
     depth: int
 
     @classmethod
-    def of(cls, base_ms: float, early_ms: Mapping[int, float], half_ms: tuple[int, int, float], depth: int) -> Table:
+    def of(
+        cls,
+        base_ms: float,
+        early_ms: Mapping[int, float],
+        half_ms: tuple[int, int, float],
+        rows_ms: Sequence[float],
+        depth: int,
+    ) -> Table:
         """Solved for the parts.
 
         early_ms: by tokens removed, models that remove them in block 0, between its attention and its MLP, which counts
@@ -50,8 +62,11 @@ class Table(NamedTuple):
         block, r, ms = half_ms
         saved = (ms - early_ms[r]) / block
         fixed = early_ms[r] - base_ms + (depth - 0.5) * saved
-        by_removed = ((n, (base_ms + fixed - early) / (depth - 0.5)) for n, early in sorted(early_ms.items()))
-        return cls(base_ms, fixed, ((0, 0.0), *by_removed), depth)
+        by_removed = (
+            (n, (base_ms + fixed - early) / (depth - 0.5) - (rows_ms[0] - rows_ms[n]))
+            for n, early in sorted(early_ms.items())
+        )
+        return cls(base_ms, fixed, tuple(rows_ms), ((0, 0.0), *by_removed), depth)
 
     def latency_ms(self, schedule: Schedule) -> float:
         removed, saved = 0, 0.0
@@ -63,11 +78,12 @@ class Table(NamedTuple):
         return self.base_ms + len(schedule) * self.fixed_ms - saved
 
     def _saved(self, removed: int) -> float:
-        """Between the measured points a line, past them the last one drawn on."""
-        points = self.saved_ms
+        """What is left besides rows: between the measured points a line, past them the last one drawn on."""
+        points = self.rest_ms
         right = next((i for i in range(1, len(points)) if removed <= points[i][0]), len(points) - 1)
         (a, at_a), (b, at_b) = points[right - 1], points[right]
-        return at_a + (at_b - at_a) * (removed - a) / (b - a)
+        rest = at_a + (at_b - at_a) * (removed - a) / (b - a)
+        return self.rows_ms[0] - self.rows_ms[removed] + rest
 
 
 @dataclass
@@ -114,6 +130,9 @@ class Tokens(Space[Schedule]):
                 self.progress("compress models to be timed", i, len(schedules))
                 models[name] = self.compressed(schedule, images)
             times = self.times(models)
+            first, number = self.taken.patches.first, self.taken.patches.number
+            counts = range(first + number, first, -1)
+            data["rows_ms"] = [*self.rows(counts).values()]
             data["table"] = {
                 "base_ms": times.pop("base"),
                 "half": [half, grid[len(grid) // 2], times.pop("half")],
@@ -123,7 +142,18 @@ class Tokens(Space[Schedule]):
             self.record.save()
         table = data["table"]
         early = {int(r): ms for r, ms in table["early_ms"].items()}
-        self.table = Table.of(table["base_ms"], early, tuple(table["half"]), table["depth"])
+        self.table = Table.of(table["base_ms"], early, tuple(table["half"]), data["rows_ms"], table["depth"])
+
+    def rows(self, counts: Sequence[int]) -> dict[int, float]:
+        """Milliseconds of one block's products with weights, by how many tokens there are."""
+        return times_ms(self.source, self.recipe, counts, self.engine, self.threads, self.context(self.calibration))
+
+    def removed(self) -> list[int]:
+        """Of each part of the patches that can go, the number at which a block is fastest."""
+        number = self.taken.patches.number
+        bounds = sorted({number * part // PARTS for part in range(PARTS)})
+        spans = (range(low + 1, high + 1) for low, high in pairwise(bounds))
+        return [min(span, key=lambda r: self.table.rows_ms[r]) for span in spans]
 
     def latency_ms(self, chosen: Schedule) -> float:
         return self.table.latency_ms(chosen)
@@ -133,17 +163,18 @@ class Tokens(Space[Schedule]):
 
     def judge(self) -> None:
         """Computes the losses of schedules with one reduction, then of the most promising with one more, and so on."""
-        patches = self.taken.patches
-        grid = sorted({patches.number * part // PARTS for part in range(1, PARTS)} - {0})
+        grid = self.removed()
         singles = [((block, r),) for block in range(1, self.depth) for r in grid if self._fits(((block, r),))]
         self._lose(singles)
         for _ in range(1, MOST_REDUCTIONS):
-            longer = {
-                (*schedule, (block, r)): self.losses[schedule].kl + self.losses[(block, r),].kl
-                for schedule in self.front()
-                for ((block, r),) in singles
-                if block > schedule[-1][0] + 1
-            }
+            longer: dict[Schedule, float] = {}
+            for schedule in self.front():
+                gone = sum(r for _, r in schedule)
+                for block in range(schedule[-1][0] + 2, self.depth):
+                    for r in (total - gone for total in grid if total > gone):
+                        alike = self.losses.get(((block, min(grid, key=lambda other: abs(other - r))),))
+                        if alike is not None:
+                            longer[*schedule, (block, r)] = self.losses[schedule].kl + alike.kl
             fits = [s for s in longer if s not in self.losses and self._fits(s)]
             losses = {s: longer[s] for s in fits} | {s: loss.kl for s, loss in self.losses.items()}
             best = front(losses, self.latency_ms, losses.__getitem__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from martlet.vit.parts import before, linear, mlp, project, residual, split_heads, take_over_, through
+from martlet.vit.parts import before, linear, mlp, project, residual, take_over_, through
 from martlet.vit.token_run import Patches
 from martlet.vit.view import AttentionView, BlockView
 
@@ -89,11 +89,11 @@ class _Attend:
 
     def __call__(self, x: Tensor, queries: int, first_key: int, size: Tensor | None) -> Tensor:
         attention = self.attention
-        query, key, value = project(attention, x)
+        query, key, value = project(attention, x).heads
         out = functional.scaled_dot_product_attention(
-            through(attention.query_norm, split_heads(attention, query[:, :queries])),
-            through(attention.key_norm, split_heads(attention, key[:, first_key:])),
-            split_heads(attention, value[:, first_key:]),
+            through(attention.query_norm, query[:, :, :queries]),
+            through(attention.key_norm, key[:, :, first_key:]),
+            value[:, :, first_key:],
             attn_mask=None if size is None else size[None, None, None],
             scale=attention.scale,
         )

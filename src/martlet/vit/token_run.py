@@ -249,11 +249,11 @@ class Attend:
             scores = through(attention.query_norm, heads(query)) @ through(attention.key_norm, heads(key)).mT
             scores = scores * attention.scale
             return ahead((scores if log_size is None else scores + log_size[:, None, None]).softmax(-1))
-        query, key, value = project(attention, x)
+        (query, key, value), (by_head, keys, values) = project(attention, x)
         out = functional.scaled_dot_product_attention(
-            through(attention.query_norm, heads(query if queries is None else query[:, :queries])),
-            through(attention.key_norm, heads(key)),
-            heads(value),
+            through(attention.query_norm, by_head if queries is None else by_head[:, :, :queries]),
+            through(attention.key_norm, keys),
+            values,
             attn_mask=None if log_size is None else log_size[:, None, None],
             scale=attention.scale,
         )

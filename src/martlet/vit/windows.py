@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
-from martlet.vit.parts import before, linear, mlp, project, residual, split_heads, through
+from martlet.vit.parts import before, linear, mlp, project, residual, through
 from martlet.vit.reading import logits_of_noise
 from martlet.vit.view import AttentionView, BlockView, VitView, Window
 
@@ -140,7 +140,7 @@ class _Attend:
         attention = self.attention
         assert attention.window is not None
         bias = attention.window.position_bias()[None]  # (1, H, N, N)
-        query, key, value = (split_heads(attention, each) for each in project(attention, x))
+        query, key, value = project(attention, x).heads
         query, key = through(attention.query_norm, query), through(attention.key_norm, key)
         out = functional.scaled_dot_product_attention(
             query,
