@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FRONT = 12
 """Values of a front that are drawn from."""
-FAR = 3
+FAR = 2.0
 """Times the drop that is allowed is where a front ends that is drawn from."""
 FRONT_SHARE = 0.2
 """Of the time, at most, in which one front is found; what is found by then is drawn from."""
