@@ -41,7 +41,7 @@ NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
 FOR_ANY = ("dependency", "resolution")
 """Techniques of these families that say no such thing."""
-NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "linear_exits", "lgvit", "mue")
+NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "sherl", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
 NEED_LINEARS = ("lora", "lora_ga", "pyra")
 """Techniques for which a network of convolutions has no Linear but its classifier."""

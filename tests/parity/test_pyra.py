@@ -77,7 +77,7 @@ def merged(module: VisionTransformer) -> tuple[Model, dict[int, Reactivation]]:
         done = pipeline.run(model, Recipe((ToMe(r=SCHEDULE),)), Context())
     finally:
         torch.set_default_dtype(float32)
-    Pyra()._put_in_(done, done.steps[0].record["removed"])
+    Pyra()._put_in_(done)
     layers = {i: block.reactivation for i, block in enumerate(done.module.blocks) if hasattr(block, "reactivation")}
     for layer in layers.values():
         for parameter in layer.parameters():
@@ -158,7 +158,7 @@ def test_it_learns_updates_and_layers_alone_and_reloads(tmp_path):
 
 def test_it_begins_as_merging_alone():
     merging_alone, begun = tuned(ToMe(r={0: 6})), tuned(ToMe(r={0: 6}))
-    Pyra()._put_in_(begun, begun.steps[0].record["removed"])
+    Pyra()._put_in_(begun)
     x = examples().normalize(examples().pixels)
     with torch.no_grad():
         assert torch.equal(begun.module(x), merging_alone.module(x))

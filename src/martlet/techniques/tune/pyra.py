@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from martlet.core.errors import RecipeError
-from martlet.core.model import Model
+from martlet.core.model import Model, Step
 from martlet.core.technique import Context
 from martlet.nn.reactivation import Reactivation
 from martlet.training.low_rank import LowRankTuning
@@ -47,7 +47,7 @@ class Pyra(LowRankTuning):
 
     def check(self, model: Model) -> None:
         super().check(model)
-        if not any(isinstance(step.technique, TokenReduction) and step.technique.paired for step in model.steps):
+        if _merging(model) is None:
             raise RecipeError(
                 f"pyra: nothing of {model.name} is merged yet; put what merges pairs of tokens before it: tome | pyra"
             )
@@ -55,35 +55,36 @@ class Pyra(LowRankTuning):
             raise RecipeError(f"pyra: {model.name} has such layers already; `lora` trains on")
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
-        merging = next(
-            step for step in model.steps if isinstance(step.technique, TokenReduction) and step.technique.paired
-        )
-        removed = merging.record["removed"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            self._put_in_(model, removed)
-        return super().apply_(model, context) | {"removed": removed}
+            self._put_in_(model)
+        return super().apply_(model, context)
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
-        self._put_in_(model, record["removed"])
+        self._put_in_(model)
 
     def chosen(self, name: str, parameter: nn.Parameter) -> bool:
         return LAYER in name.split(".")
 
-    def _put_in_(self, model: Model, removed: list[list[int]]) -> None:
-        """removed: pairs of a block and how many tokens it merges into others."""
-        blocks = view(model.module).blocks
+    def _put_in_(self, model: Model) -> None:
+        merging, blocks = _merging(model), view(model.module).blocks
         run = installed(blocks)
-        if run is None:
+        if run is None or merging is None:
             return
         first, decide = len(blocks) - len(run.blocks), dict(run.decide)
-        for number, pairs in removed:
+        for number, pairs in merging.record["removed"]:
             block = blocks[number]
             layer = Reactivation(block.mlp.fc2.weight.shape[0], pairs).to(block.mlp.fc2.weight)
             block.module.add_module(LAYER, layer)
             decide[number - first] = Reactivating(decide[number - first], layer)
         install_(replace(run, decide=decide))
         model.module.eval()
+
+
+def _merging(model: Model) -> Step | None:
+    """What said before which tokens join which."""
+    found = (step for step in model.steps if isinstance(step.technique, TokenReduction) and step.technique.paired)
+    return next(found, None)
 
 
 @dataclass(frozen=True, eq=False)
