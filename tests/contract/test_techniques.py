@@ -53,7 +53,7 @@ NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
-NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "pela": "factorized"}
+NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "teacher_intervention": "rounded", "pela": "factorized"}
 """Techniques that come after one that does something to the model, and say so."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 MODELS = {
