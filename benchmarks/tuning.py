@@ -2,7 +2,7 @@
 
     python benchmarks/tuning.py memory              # seconds: what a step keeps, and what a task's file holds
     python benchmarks/tuning.py accuracy            # hours on two cores: CIFAR-10, few images a class, three seeds
-    python benchmarks/tuning.py small               # an hour: a small ViT, ways that are to be better than another
+    python benchmarks/tuning.py small               # half an hour: a small ViT, ways that are to be better than another
     python benchmarks/tuning.py times               # minutes, on a quiet machine: steps, and the deployed model
 
 ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted, not sampled: bytes of the tensors
@@ -57,7 +57,7 @@ RATES = {"finetune": 1e-4, "probe": 1e-2}
 PACKAGES = ("torch", "timm", "peft", "openvino", "numpy")
 MERGING = "tome: {r: {0: 16, 1: 12, 2: 8}}"
 SMALL = {
-    "merged": tuple(f"[{MERGING}, {way}: {{epochs: 5.0, batch: 64}}]" for way in ("lora", "pyra")),
+    "merged": tuple(f"[{MERGING}, {way}: {{epochs: 3.0, batch: 64}}]" for way in ("lora", "pyra")),
     "transfer": tuple(
         f"[{way}: {{{settings}epochs: 10.0, batch: 64, rate: {rate}}}]"
         for way, settings, rate in (
@@ -70,7 +70,7 @@ SMALL = {
     ),
 }
 """By what is learned, recipes that are compared on a small ViT."""
-NUM_TRAIN = 2000
+NUM_TRAIN = 1000
 TRANSFER_CLASSES = 20
 PARTS = ("memory", "accuracy", "small", "times")
 
