@@ -43,7 +43,7 @@ FOR_ANY = ("dependency", "resolution")
 """Techniques of these families that say no such thing."""
 NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "sherl", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
-NEED_LINEARS = ("lora", "lora_ga", "pyra")
+NEED_LINEARS = ("lora", "lora_ga", "pyra", "light_peft")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
 NEED_EXITS = {"deer": "has no exits", "window": "has no exits", "cascade": "first names no model"}
 """Techniques that come after one that adds exits, or need another model, and say so."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,23 @@ class LowRankTuning(Tuning):
 
     def objective(self, model: Model, context: Context) -> Objective:
         heads = [*classifiers(model.module, model.num_classes, self.name)]
-        names = [*linears(model.module, model.num_classes, self.name)]
-        config = peft(self.name).LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=names, exclude_modules=heads
-        )
         return LowRank(
-            self.smoothing, heads, config, chosen=lambda name, parameter: PREFIX in name or self.chosen(name, parameter)
+            self.smoothing,
+            heads,
+            self.config(model),
+            chosen=lambda name, parameter: PREFIX in name or self.chosen(name, parameter),
+        )
+
+    def config(self, model: Model, ranks: Mapping[str, int] | None = None) -> Any:
+        """peft's, for updates of all Linears, or for some of other ranks, by name, at the same alpha / rank."""
+        ranks = ranks or {}
+        return peft(self.name).LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=[*ranks] or [*linears(model.module, model.num_classes, self.name)],
+            exclude_modules=[*classifiers(model.module, model.num_classes, self.name)],
+            rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+            alpha_pattern={re.escape(name): self.alpha * rank / self.rank for name, rank in ranks.items()},
         )
 
 
