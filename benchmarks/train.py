@@ -1,10 +1,12 @@
 """What training gives back of what few bits cost, on a small ViT and CIFAR-10; and how fast the loop takes its steps.
 
     python benchmarks/train.py        # some minutes a row on two cores, to results/train.json
+    python benchmarks/train.py few    # an hour: ways to train that are to reach more, or as much in fewer steps
     python benchmarks/train.py steps  # a minute on a quiet machine: steps of the loop, and as timm's script takes them
 
 Each row is a recipe without and with a pass that trains, on the same 2,000 test images. Rows that are there already
-aren't done again, and a row that was stopped goes on. `steps` times the loop and the steps of timm's script (its
+aren't done again, and a row that was stopped goes on. `few` learns from few images, for three seeds: a quantized model,
+and one from random weights. `steps` times the loop and the steps of timm's script (its
 loader, optimizer, loss, clipping and schedule, in this process) in turns, on the same model and images.
 """
 
@@ -15,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,18 @@ NUM_TRAIN = 10_000
 QUANTIZE = "uniform: {{weight_bits: {bits}, activation_bits: 8, ranges: {ranges}}}"
 TRAIN = "lsq: {epochs: 1.0, batch: 64, rate: 0.0005}"
 ROWS = [(3, "mse"), (2, "mse"), (3, "minmax")]
+FEW, SEEDS = 2000, (0, 1, 2)
+"""Images that ways to train are compared on, and seeds of these images, order and changes."""
+ROUNDED = QUANTIZE.format(bits=2, ranges="mse")
+COMPARED = {
+    "quantized": (
+        f"[{ROUNDED}, lsq: {{epochs: 1.0, batch: 64, rate: 0.0005}}]",
+        f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005}}]",
+        f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005, intervened: 0.0}}]",
+    ),
+    "random": tuple(f"[dea: {{epochs: 20.0, batch: 64, rate: 0.001{choice}}}]" for choice in ("", ", choice: random")),
+}
+"""By what they begin from, recipes that are compared."""
 STEPS, BATCH = 20, 64
 """That are timed at once, and images in each."""
 PACKAGES = ("torch", "timm", "accelerate", "numpy")
@@ -51,7 +65,7 @@ PACKAGES = ("torch", "timm", "accelerate", "numpy")
 def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("rows", "steps"), default="rows", help="what to measure")
+    parser.add_argument("part", nargs="?", choices=("rows", "few", "steps"), default="rows", help="what to measure")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "train.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10 and weights")
     options = parser.parse_args(argv)
@@ -64,6 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 document["steps"] = steps(options.assets, progress)
             peers.write(options.out, document)
             note(f"a step of timm's is {document['steps']['speedup']['median']:.3f} of one of the loop's")
+            return 0
+        if options.part == "few":
+            found = document.setdefault("few", [])
+            with working("compare ways to train") as progress:
+                for row in compared(options.assets, found, progress):
+                    found.append(row)
+                    peers.write(options.out, document)
+                    note(f"{row['recipe']}, seed {row['seed']}: {row['top1_pct']:.1f} %")
             return 0
         for bits, ranges in ROWS:
             recipe = f"[{QUANTIZE.format(bits=bits, ranges=ranges)}, {TRAIN}]"
@@ -120,11 +142,45 @@ def measure(recipe: str, assets: Path, out: Path, progress: Progress, seed: int 
     }
 
 
-def small(assets: Path) -> Model:
-    """The trained ViT of width 128."""
+def compared(assets: Path, rows: Sequence[Mapping[str, Any]], progress: Progress) -> Iterator[dict[str, Any]]:
+    """The rows of COMPARED that aren't there yet, seed by seed."""
+    folder = assets / "data" / "cifar10"
+    for seed in SEEDS:
+        for begins, recipes in COMPARED.items():
+            missing = [its for its in recipes if not any((r["recipe"], r["seed"]) == (its, seed) for r in rows)]
+            if not missing:
+                continue
+            trained = small(assets)
+            source = trained if begins == "quantized" else small(None, seed)
+            pool = open_images(folder / "train.parquet", limit=FEW, seed=seed)
+            images = Examples.read(pool, source.preprocess, CLASSES, progress)
+            test = open_images(folder / "test.parquet", limit=NUM_TEST, seed=0)
+            test = Examples.read(test, source.preprocess, CLASSES, progress)
+            few = Calibration(pool, source.preprocess, n=64, seed=seed)
+            context = Context(images=few, training=images, teacher=trained, seed=seed, progress=progress)
+            for its in missing:
+                start = time.perf_counter()
+                done = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {its}"), context)
+                yield {
+                    "recipe": its,
+                    "begins": begins,
+                    "seed": seed,
+                    "images": len(images),
+                    "n_images": len(test),
+                    "simulated": done.simulated,
+                    "steps": done.steps[-1].record["steps"],
+                    "top1_pct": top1(done, test),
+                    "seconds": time.perf_counter() - start,
+                    "environment": report.environment(PACKAGES),
+                }
+
+
+def small(assets: Path | None, seed: int = 0) -> Model:
+    """The trained ViT of width 128; without assets, with random weights."""
     return load_model(
         "timm:vit_tiny_patch16_224",
-        weights=assets / "weights" / WEIGHTS,
+        weights=assets and assets / "weights" / WEIGHTS,
+        seed=seed,
         model_kwargs=KWARGS,
         num_classes=CLASSES,
         preprocess={"size": (32, 32), "resize": 32, "mean": MEAN, "std": STD},

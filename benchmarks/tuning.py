@@ -2,12 +2,14 @@
 
     python benchmarks/tuning.py memory              # seconds: what a step keeps, and what a task's file holds
     python benchmarks/tuning.py accuracy            # hours on two cores: CIFAR-10, few images a class, three seeds
+    python benchmarks/tuning.py small               # half an hour: a small ViT, ways that are to be better than another
     python benchmarks/tuning.py times               # minutes, on a quiet machine: steps, and the deployed model
 
 ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted, not sampled: bytes of the tensors
 that autograd keeps of one step, of gradients, and of the optimizer's moments. Deployed is OpenVINO, batch 1,
-interleaved with the untouched model; merged LoRA is the plain model again. Parts and rows that are there already
-aren't done again.
+interleaved with the untouched model; merged LoRA is the plain model again. `small` takes a ViT of 32 pixels trained on
+CIFAR-10: to what merging tokens costs it there, or to the first twenty classes of Tiny-ImageNet. Parts and rows that
+are there already aren't done again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import peers
+import train
 from cifar import ASSETS, CLASSES
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
@@ -37,6 +40,7 @@ from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.examples import Examples
 from martlet.measure import latency
+from martlet.measure.macs import macs
 from martlet.source import load_model
 from martlet.training.technique import Training
 
@@ -44,12 +48,31 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
-WAYS = ("finetune", "probe", "bitfit", "lora", "lora_ga", "adapter", "vpt", "ladder")
+WAYS = ("finetune", "probe", "bitfit", "lora", "lora_ga", "adapter", "vpt", "ladder", "sherl", "pyra")
+BEFORE = {"pyra": Recipe.load("tome")}
+"""What comes before a way."""
 BATCH, SHOTS, EPOCHS, SEEDS, NUM_TEST = 16, 8, 30, (0, 1, 2), 1000
 RATES = {"finetune": 1e-4, "probe": 1e-2}
 """Of those whose rate isn't the technique's own: all weights move less, the classifier alone more."""
 PACKAGES = ("torch", "timm", "peft", "openvino", "numpy")
-PARTS = ("memory", "accuracy", "times")
+MERGING = "tome: {r: {0: 16, 1: 12, 2: 8}}"
+SMALL = {
+    "merged": tuple(f"[{MERGING}, {way}: {{epochs: 3.0, batch: 64}}]" for way in ("lora", "pyra")),
+    "transfer": tuple(
+        f"[{way}: {{{settings}epochs: 10.0, batch: 64, rate: {rate}}}]"
+        for way, settings, rate in (
+            ("probe", "", 0.01),
+            ("lora", "", 0.001),
+            ("ladder", "narrower: 4, ", 0.001),
+            ("sherl", "narrower: 4, ", 0.001),
+            ("sherl", "narrower: 4, spreads: false, ", 0.001),
+        )
+    ),
+}
+"""By what is learned, recipes that are compared on a small ViT."""
+NUM_TRAIN = 1000
+TRANSFER_CLASSES = 20
+PARTS = ("memory", "accuracy", "small", "times")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,16 +111,21 @@ def way(name: str, **settings: Any) -> Training:
 
 def base(assets: Path, seed: int = 0) -> Model:
     """ViT-Ti, its classifier new: ten classes, drawn by the seed."""
+    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS, num_classes=1000)
+    return renewed(model, CLASSES, seed)
+
+
+def renewed(model: Model, classes: int, seed: int) -> Model:
+    """With a new classifier, drawn by the seed."""
     import torch
 
-    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS, num_classes=1000)
     generator = torch.Generator().manual_seed(seed)
-    head = torch.nn.Linear(model.module.head.in_features, CLASSES)  # type: ignore[union-attr, arg-type]
+    head = torch.nn.Linear(model.module.head.in_features, classes)  # type: ignore[union-attr, arg-type]
     torch.nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
     torch.nn.init.zeros_(head.bias)
-    model.module.reset_classifier(CLASSES)  # type: ignore[operator]
+    model.module.reset_classifier(classes)  # type: ignore[operator]
     model.module.head = head
-    return replace(model, num_classes=CLASSES, class_names=None, origin={**model.origin, "num_classes": CLASSES})
+    return replace(model, num_classes=classes, class_names=None, origin={**model.origin, "num_classes": classes})
 
 
 def few(assets: Path, model: Model, shots: int, seed: int) -> Examples:
@@ -108,6 +136,11 @@ def few(assets: Path, model: Model, shots: int, seed: int) -> Examples:
     rows = [np.flatnonzero(whole.labels.numpy() == k)[:shots] for k in range(CLASSES)]
     chosen = np.sort(np.concatenate(rows))
     return Examples(whole.pixels[chosen], whole.labels[chosen], whole.preprocess, pool.source)
+
+
+def prepared(name: str, model: Model) -> Model:
+    """With what has to come before a way."""
+    return pipeline.run(model, BEFORE[name], Context()) if name in BEFORE else model
 
 
 def gray(model: Model) -> Examples:
@@ -127,7 +160,7 @@ def memory(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]],
         progress(f"count {name}", i, len(ways))
         if any(row["way"] == name for row in rows):
             continue
-        model = base(assets)
+        model = prepared(name, base(assets))
         technique = way(name)
         step = Step(model, technique, gray(model))
         kept = step.kept_bytes()
@@ -149,11 +182,12 @@ class Step:
     """One step of the loop's, apart from it, so that it can be timed and its tensors counted."""
 
     def __init__(self, model: Model, technique: Training, examples: Examples) -> None:
+        from martlet.techniques.tune.pyra import Pyra
         from martlet.training.inserted import Inserted
         from martlet.training.objective import RATE, Batch
 
         self.model = model
-        if isinstance(technique, Inserted):
+        if isinstance(technique, Inserted | Pyra):
             technique._put_in_(model)
         self.objective = technique.objective(model, Context(training=examples))
         self.objective.prepare_(model.module)
@@ -205,14 +239,12 @@ class Step:
 
 def accuracy(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
     """Top-1 of each way from few images, for each seed of images, classifier and order."""
-    import torch
-
     test = None
     for seed in SEEDS:
         for name in ways:
             if any((row["way"], row["seed"]) == (name, seed) for row in rows):
                 continue
-            model = base(assets, seed)
+            model = prepared(name, base(assets, seed))
             if test is None:
                 pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
                 test = Examples.read(pool, model.preprocess, CLASSES, progress)
@@ -220,10 +252,7 @@ def accuracy(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]
             start = time.perf_counter()
             done = pipeline.run(model, Recipe((way(name),)), context)
             seconds = time.perf_counter() - start
-            with torch.inference_mode():
-                logits = torch.cat([done.module(test.normalize(part)) for part in test.pixels.split(100)])
-            assert test.labels is not None
-            top1_pct = 100 * float((logits.argmax(1) == test.labels).float().mean())
+            top1_pct = train.top1(done, test)
             note(f"{name}, seed {seed}: {top1_pct:.1f} %")
             yield {
                 "way": name,
@@ -235,14 +264,68 @@ def accuracy(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]
             }
 
 
+def small(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+    """Top-1 of a small ViT after each recipe of SMALL, for each seed of images, classifier and order."""
+    for task, recipes in SMALL.items():
+        for seed in SEEDS:
+            missing = [its for its in recipes if not any((row["way"], row["seed"]) == (its, seed) for row in rows)]
+            if not missing:
+                continue
+            model, images, test = SMALL_TASK[task](assets, seed, progress)
+            for its in missing:
+                recipe = Recipe.from_yaml(f"martlet: 1\npasses: {its}")
+                start = time.perf_counter()
+                done = pipeline.run(model, recipe, Context(training=images, seed=seed, progress=progress))
+                row = {
+                    "way": its,
+                    "task": task,
+                    "seed": seed,
+                    "top1_pct": train.top1(done, test),
+                    "before_pct": train.top1(model, test),
+                    "n": len(test),
+                    "images": len(images),
+                    "steps": done.steps[-1].record["steps"],
+                    "macs_removed_ratio": 1 - macs(done) / macs(model),
+                    "seconds": time.perf_counter() - start,
+                }
+                note(f"{its}, seed {seed}: {row['top1_pct']:.1f} %")
+                yield row
+
+
+def merged(assets: Path, seed: int, progress: Progress) -> tuple[Model, Examples, Examples]:
+    """The small ViT as it is, images of CIFAR-10 to learn from, and others to test on."""
+    model, folder = train.small(assets), assets / "data" / "cifar10"
+    images, test = (
+        Examples.read(open_images(folder / f"{part}.parquet", limit=n, seed=s), model.preprocess, CLASSES, progress)
+        for part, n, s in (("train", NUM_TRAIN, seed), ("test", train.NUM_TEST, 0))
+    )
+    return model, images, test
+
+
+def transfer(assets: Path, seed: int, progress: Progress) -> tuple[Model, Examples, Examples]:
+    """The small ViT with a new classifier of the first classes of Tiny-ImageNet, and images of these."""
+    model, folder = renewed(train.small(assets), TRANSFER_CLASSES, seed), assets / "data" / "tiny-imagenet-200"
+    found = []
+    for part, s in (("train", seed), ("test", 0)):
+        pool = open_images(folder / f"{part}.parquet", limit=5 * NUM_TRAIN, seed=s)
+        whole = Examples.read(pool, model.preprocess, 200, progress)
+        assert whole.labels is not None
+        rows = whole.labels < TRANSFER_CLASSES
+        found.append(Examples(whole.pixels[rows], whole.labels[rows], whole.preprocess, pool.source))
+    return model, found[0], found[1]
+
+
+SMALL_TASK = {"merged": merged, "transfer": transfer}
+
+
 def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
     """Milliseconds of a step and of a deployed inference, each interleaved with all others; ratios to the first."""
     steps: dict[str, Callable[[], object]] = {}
     models: dict[str, Model] = {"untouched": base(assets)}
     for name in ways:
-        model = base(assets)
+        model = prepared(name, base(assets))
         steps[name] = Step(model, way(name), gray(model))
-        tuned = base(assets)
+        tuned = prepared(name, base(assets))
         quick = replace(way(name), epochs=1.0, augment="none")
         models[name] = pipeline.run(tuned, Recipe((quick,)), Context(training=gray(tuned)))
     trained = latency.interleave(steps, max_rounds=20, max_seconds=300.0, progress=progress)
@@ -267,7 +350,7 @@ def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
         }
 
 
-PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "times": times}
+PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "small": small, "times": times}
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int]:

@@ -41,9 +41,9 @@ NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
 FOR_ANY = ("dependency", "resolution")
 """Techniques of these families that say no such thing."""
-NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "linear_exits", "lgvit", "mue")
+NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "sherl", "linear_exits", "lgvit", "mue")
 """Techniques of other families that say so too."""
-NEED_LINEARS = ("lora", "lora_ga")
+NEED_LINEARS = ("lora", "lora_ga", "pyra", "light_peft")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
 NEED_EXITS = {"deer": "has no exits", "window": "has no exits", "cascade": "first names no model"}
 """Techniques that come after one that adds exits, or need another model, and say so."""
@@ -53,7 +53,7 @@ NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
-NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "pela": "factorized"}
+NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "teacher_intervention": "rounded", "pela": "factorized"}
 """Techniques that come after one that does something to the model, and say so."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 MODELS = {

@@ -14,7 +14,7 @@ from martlet.functional.distillation import divergence
 from martlet.nn.quantizers import PackedWeightQuantizer
 from martlet.nn.straight_through import LearnedSteps
 from martlet.source import load_model
-from martlet.techniques.quantize.e2e_qp import E2eQp
+from martlet.techniques.qat.e2e_qp import E2eQp
 from martlet.techniques.quantize.uniform import Uniform
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -16,7 +16,7 @@ from martlet.functional.quantize.lsq import gradient_scale, round_with_step
 from martlet.nn.quantizers import PackedWeightQuantizer
 from martlet.nn.straight_through import LearnedWeight
 from martlet.source import load_model
-from martlet.techniques.quantize.lsq import LSQ
+from martlet.techniques.qat.lsq import LSQ
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 

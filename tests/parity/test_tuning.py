@@ -16,7 +16,7 @@ from martlet.core.technique import Context
 from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.graph.trace import trace
-from martlet.nn.side import Bottleneck, Prompted, Rung
+from martlet.nn.side import Bottleneck, Prompted, Rung, Tier
 from martlet.source import load_model
 from martlet.techniques.tune.ladder import Ladder
 from martlet.techniques.tune.lora import Lora
@@ -144,16 +144,17 @@ def test_the_first_step_of_lora_ga_is_nearer_to_that_of_all_weights():
     assert ours > 0.8
 
 
-LAYERS = {"adapter": Bottleneck, "vpt": Prompted, "ladder": Rung}
+LAYERS = {"adapter": Bottleneck, "vpt": Prompted, "ladder": Rung, "sherl": Tier}
+NARROWER = {"ladder": {"narrower": 4}, "sherl": {"narrower": 4}}
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_put_in_begins_as_nothing_learns_alone_and_reloads(name, tmp_path):
-    settings = {"ladder": {"narrower": 4}}.get(name, {})
+    settings = NARROWER.get(name, {})
     model = vit()
     done = tuned(registry.technique(name)(**QUICK, **settings), model)
     layers = [m for m in done.module.modules() if isinstance(m, LAYERS[name])]
-    assert len(layers) == 2
+    assert len(layers) == (1 if name == "sherl" else 2)
     before = {k: v for k, v in model.module.state_dict().items() if not k.startswith("head.")}
     after = {k.replace(".inner", ""): v for k, v in done.module.state_dict().items()}
     assert all(torch.equal(after[k], v) for k, v in before.items()), "what was there stays bit for bit"
@@ -174,9 +175,9 @@ def test_what_is_put_in_begins_as_nothing_learns_alone_and_reloads(name, tmp_pat
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_put_in_is_traced_for_any_batch(name):
     model = vit()
-    registry.technique(name)(**{"ladder": {"narrower": 4}}.get(name, {}))._put_in_(model)
+    registry.technique(name)(**NARROWER.get(name, {}))._put_in_(model)
     for module in model.module.modules():
-        if isinstance(module, Bottleneck | Rung):
+        if isinstance(module, Bottleneck | Rung | Tier):
             for parameter in module.parameters():
                 nn.init.normal_(parameter, std=0.1)
     images = torch.randn(3, 3, 16, 16)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 
@@ -15,3 +16,9 @@ def measured_on(entries: Iterable[Mapping[str, Any]]) -> str:
         for its in (entry["environment"] for entry in entries)
     )
     return "Measured on " + "; on ".join(f"{where} ({count})" for where, count in found.most_common()) + "."
+
+
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and the range where there are several."""
+    found = f"{fmean(values):.1f}"
+    return found if len(values) == 1 else f"{found} ({min(values):.1f} to {max(values):.1f})"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from martlet.report.cards import table
-from pages import measured_on
+from pages import measured_on, spread
 
 BENCHMARK, PATH = "train", "docs/training.md"
 
@@ -38,6 +39,8 @@ def page(document: Mapping[str, Any]) -> str:
         for row in rows
     ]
     lines += table(("Recipe", "Float", "Rounded", "Trained", "Of the loss", "Steps"), cells)
+    if few := document.get("few"):
+        lines += ["", "## Ways to train, compared", "", *compared(few)]
     if steps := document.get("steps"):
         ours, theirs = (steps["step_ms"][name]["median"] for name in ("martlet", "timm"))
         turns, ratio = steps["step_ms"]["martlet"]["n"], steps["speedup"]
@@ -49,4 +52,21 @@ def page(document: Mapping[str, Any]) -> str:
             f"steps, both in one run: Martlet {ours:.1f}, as timm's script {theirs:.1f}; timm's over ours "
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}).",
         ]
-    return "\n".join([*lines, "", measured_on([*rows, *([steps] if steps else [])]), ""])
+    return "\n".join([*lines, "", measured_on([*rows, *(few or []), *([steps] if steps else [])]), ""])
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One row a recipe: what it reaches from few images."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["recipe"]].append(row)
+    cells = []
+    for recipe, group in found.items():
+        reached = spread([row["top1_pct"] for row in group])
+        cells.append((f"`{recipe}`", group[0]["begins"], reached, str(len(group)), str(group[0]["steps"])))
+    return [
+        f"From {max(row['images'] for row in rows)} images of CIFAR-10; top-1 of {rows[0]['n_images']} others, the "
+        "mean over seeds and the range. *Begins* is the trained model, or random weights.",
+        "",
+        *table(("Recipe", "Begins", "Top-1 %", "Seeds", "Steps"), cells),
+    ]

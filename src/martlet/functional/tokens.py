@@ -38,6 +38,19 @@ class Reduction(NamedTuple):
         return self.shares.shape[1]
 
 
+class Pairs(NamedTuple):
+    """Of a matching, the r tokens that join others, the best match first, and whom.
+
+    destinations, sources: (D), (S) the numbers of the tokens that may be joined and that may join. leaving: (B, r, S),
+    a one for each token that leaves. joined: (B, r, D), its shares in those that it joins, which add up to 1.
+    """
+
+    destinations: Sequence[int]
+    sources: Sequence[int]
+    leaving: Tensor
+    joined: Tensor
+
+
 def merge(
     x: Float[Tensor, "b n c"], reduction: Reduction, weights: Float[Tensor, "b n"] | None = None
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b m"]]:
@@ -84,6 +97,39 @@ def bipartite_soft_matching(
     joins = (scores == best).to(scores.dtype)  # (B, D, S)
     joins = joins * ((1 - staying.sum(1, keepdim=True)) / joins.sum(1, keepdim=True))
     return _reduction(num_prefix, destinations, sources, joins, staying)
+
+
+def matched_pairs(
+    reduction: Reduction,
+    scores: Float[Tensor, "b d s"],
+    destinations: Sequence[int],
+    sources: Sequence[int],
+    handicap: Float[Tensor, "b s"] | None = None,
+) -> Pairs:
+    """What a reduction by `bipartite_soft_matching` from these scores has matched."""
+    order = scores.amax(1) if handicap is None else scores.amax(1) - handicap  # (B, S)
+    fixed, count = len(reduction.order) - len(sources), len(destinations)
+    moves = reduction.shares[..., fixed:]  # (B, M, S)
+    stays = moves[:, fixed:].sum(1)  # (B, S)
+    joins = moves[:, fixed - count : fixed]  # (B, D, S)
+    leaving = _one_hot_of_best(order - OUT_OF_REACH * stays, len(reduction.order) - reduction.num_tokens)
+    return Pairs(destinations, sources, leaving, product(leaving, joins.mT))
+
+
+def reactivate(
+    source: Float[Tensor, "b r c"],
+    information: Float[Tensor, "b r c"],
+    tokens: Float[Tensor, " r"],
+    channels: Float[Tensor, " c"],
+) -> Float[Tensor, "b r c"]:
+    """s + (2 sigmoid(z w_C) - 1) (2 sigmoid(w_r z) s), for tokens s that are about to be merged, z being what is known
+    of each pair. Where w_C is zero, s stays as it is.
+
+    Source: Xiong et al., PYRA, 2024, arXiv 2403.09192, as the official code has it.
+    """
+    by_channel = 2 * (tokens @ information).sigmoid()[:, None]  # (B, 1, C)
+    by_token = 2 * (information @ channels).sigmoid()[..., None] - 1  # (B, r, 1)
+    return source + source * by_channel * by_token
 
 
 def squeeze(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from martlet.graph.probe import owns_parameters, parameters, readers, shapes
 from martlet.graph.rounding import tensor
-from martlet.graph.sites import PRODUCTS, SHAPE_ONLY, SOFTMAX, aten, sites, source
+from martlet.graph.sites import PRODUCTS, SHAPE_ONLY, SOFTMAX, aten, is_softmax, sites, source, unrounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,45 @@ def attentions(graph_module: GraphModule) -> list[Attention]:
         output = _columns(graph_module, site.node, values)
         found.append(Attention(scores, softmax, site.node, q, k, v, output))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """The nodes of an attention that don't depend on how it is rounded.
+
+    scores: what the softmax reads; weights: what it gives; context: its product with v; output: what the Linear behind
+    that gives; None where no Linear reads it.
+    """
+
+    scores: Node
+    weights: Node
+    context: Node
+    output: Node | None
+
+
+def signals(graph_module: GraphModule) -> list[Signals]:
+    """Of every attention, in the order of execution; also of a graph that is rounded."""
+    found = []
+    for site in sites(graph_module):
+        if site.kind != "values":
+            continue
+        operands = (unrounded(graph_module, a) for a in site.node.args if isinstance(a, Node))
+        softmax = next(node for node in operands if is_softmax(graph_module, node))
+        scores = softmax.args[0]
+        assert isinstance(scores, Node)
+        found.append(Signals(scores, softmax, site.node, _linear_behind(site.node)))
+    return found
+
+
+def _linear_behind(node: Node) -> Node | None:
+    """The one Linear that reads what a node gives, moved or rounded."""
+    while len(node.users) == 1:
+        [node] = node.users
+        if node.target is aten.linear.default:
+            return node
+        if node.op != "call_module" and node.target not in SHAPE_ONLY:
+            return None
+    return None
 
 
 def scale_channels_(

@@ -132,16 +132,17 @@ def source(node: Node, through: tuple[object, ...] = SHAPE_ONLY) -> Node:
     return node
 
 
-def _unrounded(graph_module: GraphModule, node: Node) -> Node:
+def unrounded(graph_module: GraphModule, node: Node) -> Node:
     """As `source`, looking through quantizers too."""
     node = source(node)
-    while node.op == "call_module" and node.args and not _is_softmax(graph_module, node):
+    while node.op == "call_module" and node.args and not is_softmax(graph_module, node):
         assert isinstance(node.args[0], Node)
         node = source(node.args[0])
     return node
 
 
-def _is_softmax(graph_module: GraphModule, node: Node) -> bool:
+def is_softmax(graph_module: GraphModule, node: Node) -> bool:
+    """Whether a node computes one, in floating point or in integers."""
     if node.op == "call_module":
         return isinstance(graph_module.get_submodule(str(node.target)), Shiftmax)
     return node.target in SOFTMAX
@@ -149,13 +150,13 @@ def _is_softmax(graph_module: GraphModule, node: Node) -> bool:
 
 def _role(graph_module: GraphModule, node: Node) -> Kind:
     """`values` if an operand comes from a softmax, `scores` if a softmax follows, else `product`."""
-    if any(isinstance(a, Node) and _is_softmax(graph_module, _unrounded(graph_module, a)) for a in node.args):
+    if any(isinstance(a, Node) and is_softmax(graph_module, unrounded(graph_module, a)) for a in node.args):
         return "values"
     after, seen = [node], 0
     while after and seen < 8:  # scores pass through scale, bias and mask before their softmax
         seen += 1
         after = [user for n in after for user in n.users]
-        if any(_is_softmax(graph_module, n) for n in after):
+        if any(is_softmax(graph_module, n) for n in after):
             return "scores"
         between = (*SHAPE_ONLY, aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, *MASKS)
         after = [n for n in after if n.op == "call_module" or n.target in between]

@@ -107,7 +107,8 @@ class _Run:
         self.main: bool = accelerator.is_main_process
         self.kept = context.kept
         self.key = "train-" + self._digest(examples) if self.kept is not None else ""
-        self.judged, self.examples = parts(examples, context.seed)
+        self.judged, learned = parts(examples, context.seed)
+        self.examples = objective.learned_from(learned)
         if settings.patience and not len(self.judged):
             raise RecipeError(
                 f"{settings.name}: patience needs images to judge by, which are held back of {LEAST} or more; "
@@ -206,6 +207,7 @@ class _Run:
         for step, (indices, seeds) in enumerate(self.order.steps(start), start):
             if step >= self.steps:
                 return
+            self.objective.begin_step_(self.model.module, step)
             policy = settings.policy(step, self.steps)
             images = self.examples.batch(indices, seeds, policy, settings.erase).to(self.device)
             images = self.examples.normalize(images)

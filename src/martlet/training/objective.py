@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from martlet.core.errors import UsageError
 from martlet.core.model import Model
+from martlet.data.examples import Examples
 from martlet.data.preprocess import Preprocess
 from martlet.training.signals import Signals, observe
 
@@ -38,6 +39,13 @@ class Batch:
 
 class Objective(nn.Module):
     """A loss, and what it needs. A module, so that what it learns besides the student trains and is kept with it."""
+
+    def learned_from(self, examples: Examples) -> Examples:
+        """What takes the place of the images; those that are judged by are apart already."""
+        return examples
+
+    def begin_step_(self, student: nn.Module, step: int) -> None:
+        """Before the images of a step, from 0, are read."""
 
     def prepare_(self, student: nn.Module) -> None:
         """Before anything is learned: hooks, layers that learn in place of others."""

@@ -13,15 +13,16 @@ from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
 from martlet.functional.distillation import divergence
 from martlet.graph.trace import trace
-from martlet.nn.straight_through import Learned, LearnedSteps, LearnedWeight, Passing
+from martlet.nn.straight_through import Learned, LearnedSteps, LearnedWeight, Passing, learned
 from martlet.training.objective import RATE, Batch, Objective, Teacher
+from martlet.vit.sparsity import Sparsity
 
 STEP_RATE = 0.5
 """Of a step's learning rate, over that of weights. Steps are learned relative to what they were."""
 
 
-def untouched(model: Model, context: Context, asker: str) -> tuple[Teacher, dict[str, Tensor]]:
-    """The teacher, and its weights by the name of the quantizer that they may have in the student.
+def untouched(model: Model, context: Context, asker: str) -> tuple[Teacher, GraphModule]:
+    """The teacher, and its graph.
 
     Raises:
         RecipeError: it is rounded itself.
@@ -32,18 +33,46 @@ def untouched(model: Model, context: Context, asker: str) -> tuple[Teacher, dict
     if teacher.rounded:
         raise RecipeError(f"{asker}: the teacher {teacher.name} is rounded itself; give another, as it was before")
     graph = teacher.module if teacher.stage is Stage.GRAPH else trace(teacher.copy().module, teacher.preprocess.size)
-    return Teacher(teacher, model), {f"{name}_quantizer": weight for name, weight in graph.named_parameters()}
+    assert isinstance(graph, GraphModule)
+    return Teacher(teacher, model), graph
+
+
+StandIn = Callable[[str, nn.Module], Learned | None]
+"""What learns in the place of a module of that name; None where it stays."""
+
+
+def learning(model: Model, untouched: GraphModule) -> StandIn:
+    """Weights, their steps and the scales of activations learn; zeros that a technique before has left stay.
+
+    untouched: the graph whose weights those of the model were before they were rounded, where names still agree.
+    """
+    weights = {f"{name}_quantizer": weight for name, weight in untouched.named_parameters()}
+    patterns = (step.technique for step in model.steps if isinstance(step.technique, Sparsity))
+    zeros = next(((its.zeros, its.of, its.run) for its in patterns if its.zeros), None)
+
+    def stand_in(name: str, module: nn.Module) -> Learned | None:
+        layer = learned(module, weights.get(name))
+        if zeros is not None and isinstance(layer, LearnedWeight):
+            layer.make_zero_(*zeros)
+        return layer
+
+    return stand_in
+
+
+def check_rounded(model: Model, asker: str) -> None:
+    """Raises:
+    RecipeError: nothing is.
+    """
+    if not any(learned(module) is not None for module in model.module.modules()):
+        raise RecipeError(
+            f"{asker}: nothing of {model.name} is rounded yet; put what quantizes before it: uniform | {asker}"
+        )
 
 
 class Rounded(Objective):
-    """stand_in: what learns in the place of a module of that name; None where it stays.
+    """steps_alone: nothing but the steps of weights is learned."""
 
-    steps_alone: nothing but the steps of weights is learned.
-    """
-
-    def __init__(
-        self, teacher: Teacher, stand_in: Callable[[str, nn.Module], Learned | None], steps_alone: bool = False
-    ) -> None:
+    def __init__(self, teacher: Teacher, stand_in: StandIn, steps_alone: bool = False) -> None:
         super().__init__()
         self.teacher, self._stand_in, self.steps_alone = teacher, stand_in, steps_alone
         self.layers: dict[str, Learned] = {}

@@ -85,19 +85,20 @@ class Training(Technique):
         from martlet.training.loop import train_
 
         examples = self.examples(model, context)
-        if self.needs_labels and examples.labels is None:
-            raise RecipeError(f"{self.name} learns from labels, and {examples.source} has none; give some with --train")
         return train_(model, self.objective(model, context), examples, self, context)
 
     def examples(self, model: Model, context: Context) -> Examples:
         """What is learned from: images to train on, or those of the calibration where there are none.
 
         Raises:
-            RecipeError: there are neither.
+            RecipeError: there are neither, or no labels where these are learned from.
         """
-        if context.training is not None:
-            return context.training
-        return Examples.unlabelled(context.calibration(self), model.preprocess)
+        found = context.training
+        if found is None:
+            found = Examples.unlabelled(context.calibration(self), model.preprocess)
+        if self.needs_labels and found.labels is None:
+            raise RecipeError(f"{self.name} learns from labels, and {found.source} has none; give some with --train")
+        return found
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         """The structure is as it was; values follow from the artifact's tensors."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from martlet.nn.low_rank import LowRankLinear
 from martlet.vit.view import AttentionView, BlockView, LinearView, Part
 
 
@@ -66,7 +66,7 @@ def _in_heads(attention: AttentionView, q: Tensor, k: Tensor, v: Tensor) -> tupl
 
 def linear(map_: LinearView, x: Tensor) -> Tensor:
     """All rows of the Linear that a map is part of."""
-    if isinstance(map_.module, nn.Linear | LowRankLinear):  # the product of two thin ones is never computed
+    if map_.weight_name == "weight":  # of a Linear, whole or thin, that has a forward of its own
         return map_.module(x)
     return functional.linear(x, getattr(map_.module, map_.weight_name), getattr(map_.module, map_.bias_name))
 
@@ -90,6 +90,17 @@ def take_over_(
         block.module.forward = _pass
     for block in blocks:
         block.attention.module.forward = attend(block.attention)
+
+
+def follow_(root: nn.Module) -> None:
+    """Makes attention that was taken over compute by the modules that now stand where its Linears stood."""
+    for module in root.modules():
+        attend: Any = module.__dict__.get("forward")
+        attention = getattr(attend, "attention", None)
+        if isinstance(attention, AttentionView):
+            maps = {name: getattr(attention, name) for name in ("query", "key", "value", "proj")}
+            now = {name: replace(its, module=root.get_submodule(its.name)) for name, its in maps.items()}
+            module.forward = replace(attend, attention=replace(attention, **now))
 
 
 def _pass(x: Tensor, *others: object, **more: object) -> Tensor:

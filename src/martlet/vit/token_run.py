@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from martlet.functional.fusion import Fusion
-from martlet.functional.tokens import Reduction, cosine_similarity, merge, pick, unmerge
+from martlet.functional.tokens import Pairs, Reduction, cosine_similarity, merge, pick, unmerge
+from martlet.nn.low_rank import LowRankLinear
 from martlet.vit.parts import before, linear, mlp, project, residual, split_heads, take_over_, through
 from martlet.vit.view import AttentionView, BlockView, LinearView
 
@@ -111,11 +112,15 @@ class Decision(NamedTuple):
 
     weights: None weighs tokens by size, as a `proportional` run needs it, whose sizes these sums are.
     restore: how tokens are given back; None gives each the value of what it joined.
+    pairs: finds which token joins which, where that is known.
+    change: from tokens (B, N, C) and their sizes (B, N), unless each counts as one, to what is merged in their place.
     """
 
     reduction: Reduction
     weights: Tensor | None = None
     restore: Restore | None = None
+    pairs: Callable[[], Pairs] | None = None
+    change: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def made(self, block: BlockView) -> Reduced:
         spread = functools.partial(unmerge, reduction=self.reduction)
@@ -212,6 +217,8 @@ class TokenRun:
         self, x: Tensor, size: Tensor | None, patches: Patches, decision: Decision
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Patches]:
         """What is left: tokens, their sizes and the logarithm of these, if they count, and patches."""
+        if decision.change is not None:
+            x = decision.change(x, size)
         x, total = merge(x, decision.reduction, size if decision.weights is None else decision.weights)
         left = Patches(patches.first, x.shape[1] - patches.first, None)
         return (x, total, total.log(), left) if self.proportional else (x, None, None, left)
@@ -299,6 +306,12 @@ def _fuse(block: BlockView, x: Tensor, size: Tensor | None, fuse: Fuse, patches:
     return _Fused(fused, attend.projected(out), fusion.total(size[..., None])[..., 0], fusion)
 
 
+def installed(blocks: Sequence[BlockView]) -> TokenRun | None:
+    """The run that does the work of blocks from one of them on; None if they do their own."""
+    runs = (block.module.__dict__.get("forward") for block in blocks)
+    return next((run for run in runs if isinstance(run, TokenRun)), None)
+
+
 def install_(run: TokenRun) -> None:
     """Makes the first block of the run do the work of all. What was installed before is replaced."""
     take_over_(run.blocks, run, Attend)
@@ -306,6 +319,8 @@ def install_(run: TokenRun) -> None:
 
 def _rows_of(map_: LinearView, x: Tensor) -> Tensor:
     """The map's own rows alone, in floating point whatever comes: a product that quantizers of Linears leave alone."""
+    if map_.weight_name == "weight" and not isinstance(map_.module, nn.Linear | LowRankLinear):
+        return linear(map_, x)[..., map_.rows]  # an update is being learned beside it
     weight = map_.weight.mT.expand(x.shape[0], -1, -1)  # (B, C, O)
     out = torch.baddbmm(x.new_zeros(1, 1, 1), x, weight)
     return out if map_.bias is None else out + map_.bias

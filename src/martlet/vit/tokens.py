@@ -15,7 +15,7 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.vit.reading import Reading, Taken, check_global, patches_of, reading, run_from_parts_
-from martlet.vit.token_run import Decide, Decision, Fuse, Patches, TokenRun, Tokens, install_
+from martlet.vit.token_run import Decide, Decision, Fuse, Patches, TokenRun, Tokens, install_, installed
 from martlet.vit.view import VitView, view
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_global",
     "in_stages",
     "install_",
+    "installed",
     "patches_of",
     "reading",
     "run_from_parts_",
@@ -46,6 +47,8 @@ class TokenReduction(Technique):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     proportional: ClassVar[bool] = True
     """Later attention knows how many patches a token stands for."""
+    paired: ClassVar[bool] = False
+    """Its decisions say which token joins which, for techniques that change tokens before they are merged."""
     drawn: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values of its own settings that a search draws from, besides schedules."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from martlet.core.errors import RecipeError
-from martlet.functional.tokens import bipartite_soft_matching, pick
+from martlet.functional.tokens import bipartite_soft_matching, matched_pairs, pick
 from martlet.vit.tokens import Decide, Decision, Patches, TokenReduction, Tokens
 
 PARTITIONS = ("alternating", "2x2")
@@ -49,6 +50,7 @@ class ToMe(TokenReduction):
     name: ClassVar[str] = "tome"
     summary: ClassVar[str] = "merge tokens that are alike"
     paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, 2023, arXiv 2210.09461"
+    paired: ClassVar[bool] = True
     drawn: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partition": ("2x2",), "informativeness": (0.3, 0.0)}
 
     partition: str = "alternating"
@@ -78,8 +80,9 @@ class ToMe(TokenReduction):
             handicap = None
             if self.informativeness:
                 handicap = self.informativeness * pick(tokens.class_log_attention(), sources)  # (B, S)
-            first = tokens.patches.first
-            return Decision(bipartite_soft_matching(scores, r, first, destinations, sources, handicap))
+            reduction = bipartite_soft_matching(scores, r, tokens.patches.first, destinations, sources, handicap)
+            pairs = partial(matched_pairs, reduction, scores, destinations, sources, handicap)
+            return Decision(reduction, pairs=pairs)
 
         return decide
 

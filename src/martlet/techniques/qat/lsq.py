@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
-from martlet.nn.straight_through import Learned, LearnedWeight, learned
 from martlet.training.objective import Objective
-from martlet.training.rounded import Rounded, untouched
+from martlet.training.rounded import Rounded, check_rounded, learning, untouched
 from martlet.training.technique import Training
-from martlet.vit.sparsity import Sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +41,8 @@ class LSQ(Training):
     paper: ClassVar[str] = "Esser et al., Learned Step Size Quantization, 2020, arXiv 1902.08153"
 
     def check(self, model: Model) -> None:
-        if not any(learned(module) is not None for module in model.module.modules()):
-            raise RecipeError(
-                f"lsq: nothing of {model.name} is rounded yet; put what quantizes before it: uniform | lsq"
-            )
+        check_rounded(model, "lsq")
 
     def objective(self, model: Model, context: Context) -> Objective:
-        teacher, weights = untouched(model, context, "lsq")
-        sparse = pattern(model)
-
-        def stand_in(name: str, module: nn.Module) -> Learned | None:
-            layer = learned(module, weights.get(name))
-            if sparse and isinstance(layer, LearnedWeight):
-                layer.make_zero_(*sparse)
-            return layer
-
-        return Rounded(teacher, stand_in)
-
-
-def pattern(model: Model) -> tuple[int, int, int] | None:
-    """That of the zeros which a technique before has left: zeros, of how many, and how many together."""
-    found = (step.technique for step in model.steps if isinstance(step.technique, Sparsity))
-    return next(((its.zeros, its.of, its.run) for its in found if its.zeros), None)
+        teacher, graph = untouched(model, context, "lsq")
+        return Rounded(teacher, learning(model, graph))

@@ -1,0 +1,1 @@
+"""Quantized models that are trained as they are rounded."""
