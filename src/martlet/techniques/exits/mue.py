@@ -38,10 +38,11 @@ class MuE(Technique):
     Needs: nothing. A vision transformer with two blocks or more, whose tokens keep their shape between the blocks
         before an exit.
     Cost: a few inferences; at run time, for each exit that an image comes to, the head, and a cosine over all tokens.
-    Paper: Tang et al., You Need Multiple Exiting, 2023, arXiv 2211.11152, section 3.2, equation 4: the rule for
-        encoders.
-    Differs: the paper trains all layers to feed the decoder, with a loss at each; here the model stays as it is. It
-        looks after every layer, here at the exits.
+    Paper: Tang et al., You Need Multiple Exiting, 2023, arXiv 2211.11152: the rule for encoders.
+    Differs: the rule is known from the authors' code (OFA, branch feature/MuE), the paper's text wasn't at hand. There
+        it is asked after every layer, of image and text apart; here at the exits, of an image. The paper trains the
+        model with a loss at every layer of its decoder, which a classifier doesn't have; here it stays as it is, and
+        its own norm and head stand for the decoder. A cosine of the threshold itself leaves here, and stays there.
     Raises: RecipeError for blocks that aren't there, a model that has exits, or one whose head isn't its last norm and
         Linear; SourceError for a model that is no vision transformer.
     """
