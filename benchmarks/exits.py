@@ -1,7 +1,8 @@
-"""What stopping early saves and costs: exits on a small ViT and CIFAR-10, and a cascade on ImageNet.
+"""What stopping early saves and costs: exits on a small ViT and CIFAR-10, a cascade on ImageNet, a stream of frames.
 
-    python benchmarks/exits.py --parts accuracy       # a quarter of an hour on two quiet cores
+    python benchmarks/exits.py --parts accuracy       # half an hour on two quiet cores
     python benchmarks/exits.py --parts latency        # ten minutes, with nothing else running
+    python benchmarks/exits.py --parts stream         # ten minutes, of which the last is timing
 
 Writes results/exits.json. Thresholds are solved on calibration images and judged on test images that nothing was
 learned from. Rows that are there already aren't done again, and training that was stopped goes on.
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import moving_cifar
 import peers
 from cifar import ASSETS, CLASSES, MEAN, STD
 from martlet import engine as engines
@@ -36,11 +38,12 @@ from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
-from martlet.functional.exits import Budget, plan, solve
-from martlet.graph.stages import cumulative_macs, run, stages
+from martlet.functional.exits import Budget, Plan, plan, solve
+from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
 from martlet.source import load_model
+from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 
 WEIGHTS = "vit_d128x4.cifar10.safetensors"
 KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
@@ -51,14 +54,18 @@ EXITS = {
     "lgvit": f"[lgvit: {TRAINING}]",
     "lgvit, int8": f"[lgvit: {TRAINING}, int8]",
     "mue": "[mue]",
+    "dyn_perceiver": f"[dyn_perceiver: {TRAINING}]",
 }
 """Passes on the small ViT, by the name of the row."""
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Mean budgets, of what the last exit costs."""
 DROPS = (0.5, 1.0, 2.0)
 """Points of top-1 that may be lost on the calibration images."""
+BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
+"""Balances of a gate."""
 MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
 MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
+PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 TIMED = 64
 
@@ -66,16 +73,17 @@ TIMED = 64
 def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency"), default=("accuracy", "latency"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "exits.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
     options = parser.parse_args(argv)
     document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    document = {"about": __doc__, "accuracy": {}, "latency": {}} | document
-    jobs = {name: functools.partial(small, name, passes) for name, passes in EXITS.items()} | {"cascade": cascade}
+    document = {"about": __doc__} | {part: {} for part in PARTS} | document
+    ways = {name: functools.partial(small, name, passes) for name, passes in EXITS.items()} | {"cascade": cascade}
+    jobs = {"accuracy": ways | {"lgvit, gate": gated}, "latency": ways, "stream": {"moving CIFAR": moving}}
     try:
         for part in options.parts:
-            for name, job in jobs.items():
+            for name, job in jobs[part].items():
                 if name in document[part]:
                     continue
                 with working(f"{part} of {name}") as progress:
@@ -89,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def small(name: str, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """A row of the small ViT."""
+def prepared(assets: Path, out: Path, progress: Progress) -> tuple[Model, Context, Images]:
+    """The small ViT, what techniques learn from, and the images to test on."""
     source = load_model(
         "timm:vit_tiny_patch16_224",
         weights=assets / "weights" / WEIGHTS,
@@ -109,8 +117,41 @@ def small(name: str, passes: str, part: str, assets: Path, out: Path, progress: 
         progress=progress,
         kept=Kept.beside(out),
     )
+    return source, context, test
+
+
+def small(name: str, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A row of the small ViT."""
+    source, context, test = prepared(assets, out, progress)
     model = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {passes}"), context)
     return judge(source, pipeline.traced(model), context.images, test, part, progress)
+
+
+def gated(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A gate on the exits of LGViT, with what it lets go at each balance."""
+    source, context, test = prepared(assets, out, progress)
+    exits = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {EXITS['lgvit']}"), context)
+    rows, row = [], {}
+    for beta in BETAS:
+        model = pipeline.traced(pipeline.run(exits, Recipe((EcoM2F(beta=beta),)), context))
+        parts, limits = stages(model.module), [LIKELIEST[1]] * len(leaves(model.module))  # type: ignore[arg-type]
+        gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
+        unseen = ask(parts, _labelled(test, model), progress)
+        truth = unseen["answers"] == unseen["labels"]
+        rows.append({"beta": beta, "test": _test(plan(unseen["confidences"], truth, gmacs, limits))})
+        row = {
+            "model": model.name,
+            "gmacs": gmacs.tolist(),
+            "n_calibration": NUM_CALIB,
+            "n_test": truth.shape[1],
+            "top1_pct": (100 * truth.mean(1)).tolist(),
+        }
+    return row | {"budgets": rows, "environment": report.environment(("torch", "timm", "openvino", "numpy"))}
+
+
+def moving(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A row of two networks on a stream."""
+    return moving_cifar.measure(assets, progress)
 
 
 def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
@@ -154,11 +195,7 @@ def judge(
                     kind: value,
                     "thresholds": [str(each) for each in solved.thresholds],
                     "calibration": {"gmacs": solved.cost, "top1_pct": 100 * (1 - solved.wrong)},
-                    "test": {
-                        "gmacs": there.cost,
-                        "top1_pct": 100 * (1 - there.wrong),
-                        "share_pct": (100 * there.share).tolist(),
-                    },
+                    "test": _test(there),
                 }
             )
     return {
@@ -202,7 +239,6 @@ def timed(
 ) -> dict[str, Any]:
     """Mean milliseconds of an image on OpenVINO: the untouched model, exits within a point, and none leaving."""
     from martlet.functional.exits import decide
-    from martlet.graph.stages import leaves, window
 
     solved = solve(confidences, right, gmacs, Budget(lost=0.01))
     assert solved is not None
@@ -232,6 +268,14 @@ def timed(
                 for which, times in ms.items()
             }
     return {"thresholds": [str(t) for t in solved.thresholds], "batches": found, "environment": report.environment()}
+
+
+def _test(found: Plan) -> dict[str, Any]:
+    return {
+        "gmacs": found.cost,
+        "top1_pct": 100 * (1 - found.wrong),
+        "share_pct": (100 * found.share).tolist(),
+    }
 
 
 def _each(session: Any, groups: Sequence[np.ndarray]) -> None:

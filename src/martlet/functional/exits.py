@@ -167,6 +167,42 @@ def held_out(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budg
     )
 
 
+def depths(quality: np.ndarray, costs: np.ndarray, beta: float) -> np.ndarray:
+    """Where each image (N,) should leave: at the place whose quality (E + 1, N) is best, once beta costs (E + 1,) are
+    taken off; the first of equals.
+
+    Source: Yao et al., ECO-M2F, 2024, arXiv 2404.15244, the utility q - beta k, whose k is the number of layers.
+    """
+    return (quality - beta * np.asarray(costs)[:, None]).argmax(0)
+
+
+def regression(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, C) and biases (K,) of a softmax regression of labels (N,) on features (N, C), in float64.
+
+    What is made small is the sum of the cross-entropies and half the square of the weights, of features with mean 0 and
+    variance 1; what is given is for features as they are.
+    """
+    from scipy.optimize import minimize
+
+    x = features.astype(np.float64)
+    mean, std = x.mean(0), x.std(0)
+    std[std == 0] = 1.0
+    x, wanted = (x - mean) / std, np.eye(classes)[labels]
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, biases = flat[:-classes].reshape(classes, -1), flat[-classes:]
+        scores = x @ weights.T + biases
+        scores -= scores.max(1, keepdims=True)
+        logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        slope = np.exp(logs) - wanted  # (N, K)
+        gradient = np.concatenate([(slope.T @ x + weights).ravel(), slope.sum(0)])
+        return float(-(wanted * logs).sum() + (weights**2).sum() / 2), gradient
+
+    found = minimize(loss, np.zeros(classes * (x.shape[1] + 1)), jac=True, method="L-BFGS-B").x
+    weights, biases = found[:-classes].reshape(classes, -1), found[-classes:]
+    return weights / std, biases - weights @ (mean / std)
+
+
 def binomial_tail(wrong: int, count: int, probability: float) -> float:
     """P(X <= wrong) of a binomial X of `count` trials."""
     from scipy.stats import binom
