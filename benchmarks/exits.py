@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "exits.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
     options = parser.parse_args(argv)
-    document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    document: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     document = {"about": __doc__} | {part: {} for part in PARTS} | document
     ways = {name: functools.partial(small, name, passes) for name, passes in EXITS.items()} | {"cascade": cascade}
     jobs = {"accuracy": ways | {"lgvit, gate": gated}, "latency": ways, "stream": {"moving CIFAR": moving}}

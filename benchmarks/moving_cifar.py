@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,19 +31,19 @@ from martlet.functional import switching
 from martlet.measure import latency
 from martlet.measure.macs import macs
 
-CANVAS, SIDE, DIM, BLUR = 48, 14, 0.4, 5
+CANVAS, SIDE, DIM, BLUR = 32, 12, 0.4, 5
 """Pixels, pixels, the share of the background's contrast that is left, and how many places a frame is the mean of."""
-SLOW, FAST = (0.0, 1.0), (4.0, 8.0)
+SLOW, FAST = (0.0, 1.0), (3.0, 6.0)
 """Pixels a frame."""
 SEGMENT = (8, 24)
 """Frames at one speed."""
 SHARPS = 0.65
 """Of the segments, those that are slow."""
-WIDTHS = {"small": (12, 24, 48), "big": (24, 48, 96)}
-"""Channels at each resolution, of two convolutions each."""
+WIDTHS = {"small": (8, 16, 16, 16), "big": (16, 32, 32, 32, 32)}
+"""Channels of convolutions, of which the first two halve the sides."""
 STEADY = {"small": 0.9, "big": 0.5}
 """Of the frames that a network is trained on, the share of slow ones: each for what it is there for."""
-STEPS, BATCH, RATE = 700, 64, 3e-3
+STEPS, BATCH, RATE = 1500, 64, 3e-3
 NUM_TRAIN, NUM_CALIB, NUM_TEST, FRAMES = 4000, 40, 120, 100
 """Pictures to train on; streams to find the threshold on, streams to test on, and frames of each."""
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -109,17 +110,25 @@ def streams(images: Tensor, count: int, seed: int) -> Frames:
     return Frames(torch.cat(parts), torch.from_numpy(where), starts)
 
 
-def network(name: str, seed: int = 0) -> nn.Module:
-    """From frames (B, 3, CANVAS, CANVAS) to places (B, 2), in pixels."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    before = 3
-    for width in WIDTHS[name]:
-        for i in range(2):
-            layers += [nn.Conv2d(before, width, 3, stride=1 if i else 2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
-    cells = CANVAS // 2 ** len(WIDTHS[name])
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * cells**2, 2))
+class Network(nn.Module):
+    """From frames (B, 3, CANVAS, CANVAS) to places (B, 2), in pixels: where a map of 8 × 8 cells is highest, softly."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (before, width) in enumerate(pairwise((3, *widths))):
+            layers += [
+                nn.Conv2d(before, width, 3, stride=2 if i < 2 else 1, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+        self.features = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1), nn.Flatten())
+        side = CANVAS // 4
+        middles = 4 * torch.arange(side) + 2.0 - CANVAS / 2
+        self.register_buffer("cells", torch.stack([middles.repeat(side), middles.repeat_interleave(side)], 1))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.features(frames).softmax(1) @ self.cells  # (B, 64) (64, 2)
 
 
 def learn_(net: nn.Module, images: Tensor, steady: float, progress: Progress, seed: int = 0) -> None:
@@ -151,7 +160,8 @@ def models(assets: Path, progress: Progress) -> dict[str, Model]:
     preprocess = Preprocess(size=(CANVAS, CANVAS), resize=CANVAS, mean=MEAN, std=STD)
     found = {}
     for name in WIDTHS:
-        net = network(name)
+        torch.manual_seed(0)
+        net = Network(WIDTHS[name])
         learn_(net, images, STEADY[name], progress)
         found[name] = Model(name=f"{name} network", module=net, preprocess=preprocess, num_classes=2, origin={})
     return found

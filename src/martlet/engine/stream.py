@@ -50,7 +50,8 @@ class Stream:
                 "the second model of this artifact needs what the first gave, so it can't run alone; make a cascade "
                 "with: martlet cascade --no-average"
             )
-        return cls(*cascade.stages(), threshold)
+        small, big = cascade.stages()
+        return cls(small, big, threshold)
 
     def restart(self) -> None:
         """Begins another stream: the next frame has none before it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, cast
@@ -97,10 +97,12 @@ class DynPerceiver(TrainedExits):
 
     def plan(self, model: Model, vit: VitView, after: Sequence[int]) -> dict[str, Any]:
         found = shapes(model, vit, [0, *after])
-        grids = [
-            shape[1:3] if len(shape) == 4 else readout(vit, n).grid for n, shape in zip([0, *after], found, strict=True)
-        ]
-        return {"after": [*after], "channels": [shape[-1] for shape in found], "grids": [[*map(int, g)] for g in grids]}
+        grids = []
+        for n, shape in zip([0, *after], found, strict=True):
+            grid = shape[1:3] if len(shape) == 4 else readout(vit, n).grid  # (B, H, W, C), or (B, N, C)
+            assert grid is not None
+            grids.append([*map(int, grid)])
+        return {"after": [*after], "channels": [shape[-1] for shape in found], "grids": grids}
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         vit, module = view(model.module), model.module
@@ -145,10 +147,12 @@ class Branch(nn.Module):
         self.transfer = nn.ModuleList(Transfer(num_classes, dim) for dim in [*channels[2:], channels[-1]])
         self.norm = nn.BatchNorm1d(2 * channels[-1])
         self.fc = nn.Linear(2 * channels[-1], num_classes)
-        ends = [self.fc, *(last for write in self.write for last in (write.proj, write.mlp.fc2))]
-        for last in cast(Sequence[nn.Linear], ends):  # the model is what it was until they learn
+        ends = [self.fc]
+        for write in cast(Sequence[Attend], self.write):
+            ends += [write.proj, write.mlp.fc2]
+        for last in ends:  # the model is what it was until they learn
             nn.init.zeros_(last.weight)
-            nn.init.zeros_(cast(Tensor, last.bias))
+            nn.init.zeros_(last.bias)
 
 
 def cells(side: int) -> int:
@@ -190,15 +194,15 @@ class LatentRun(Run):
                 logits.append(self.exits[i - 1](self._thought(codes[-1], logits)))
             return x
 
-        hooks = [
-            block.register_forward_pre_hook(lambda _, args, i=i: (before(i, args[0]), *args[1:]))
-            for i, block in enumerate(self.blocks)
-        ]
+        def hook(i: int) -> Callable[[nn.Module, Any], Any]:
+            return lambda _, args: (before(i, args[0]), *args[1:])
+
+        hooks = [block.register_forward_pre_hook(hook(i)) for i, block in enumerate(self.blocks)]
         try:
             own = type(self.module).forward(self.module, images)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in hooks:
+                handle.remove()
         last = own + branch.fc(branch.norm(self._thought(codes[-1], logits)))
         return codes[1:], logits, own, last
 
