@@ -1,7 +1,8 @@
-"""What stopping early saves and costs: exits on a ViT-Ti tuned to CIFAR-10, and a cascade on ImageNet.
+"""What stopping early saves and costs: a ViT-Ti tuned to CIFAR-10, a cascade on ImageNet, a stream of frames.
 
     python benchmarks/exits.py --parts accuracy       # half an hour on two quiet cores
     python benchmarks/exits.py --parts latency        # ten minutes, with nothing else running
+    python benchmarks/exits.py --parts stream         # ten minutes, of which the last is timing
 
 Writes results/exits.json. The ViT-Ti is tuned once and kept in --work; exits leave its weights as they are. Thresholds
 are solved on calibration images and judged on test images that nothing was learned from. Rows that are there already
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import moving_cifar
 import peers
 import tuning
 from cifar import ASSETS, CLASSES
@@ -38,11 +40,12 @@ from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
-from martlet.functional.exits import Budget, plan, solve
-from martlet.graph.stages import cumulative_macs, run, stages
+from martlet.functional.exits import Budget, Plan, plan, solve
+from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
 from martlet.source import load_model
+from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 
 HOST = ("[resolution: {size: 160}]", "[finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}]")
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
@@ -52,14 +55,18 @@ EXITS = {
     "lgvit": f"[lgvit: {TRAINING}]",
     "lgvit, int8": f"[lgvit: {TRAINING}, int8]",
     "mue": "[mue]",
+    "dyn_perceiver": f"[dyn_perceiver: {TRAINING}]",
 }
 """Passes on the host, by the name of the row."""
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Mean budgets, of what the last exit costs."""
 DROPS = (0.5, 1.0, 2.0)
 """Points of top-1 that may be lost on the calibration images."""
+BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
+"""Balances of a gate."""
 MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
 MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
+PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 TIMED = 64
 Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
@@ -68,18 +75,20 @@ Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("accuracy", "latency"), default=("accuracy", "latency"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "exits.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
     parser.add_argument("--work", type=Path, default=Path("runs/exits"), help="where the tuned model is kept")
     options = parser.parse_args(argv)
-    document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    document = {"about": __doc__, "accuracy": {}, "latency": {}} | document
-    jobs: dict[str, Job] = {name: functools.partial(tuned, options.work, passes) for name, passes in EXITS.items()}
-    jobs["cascade"] = cascade
+    document: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    document = {"about": __doc__} | {part: {} for part in PARTS} | document
+    ways: dict[str, Job] = {name: functools.partial(tuned, options.work, passes) for name, passes in EXITS.items()}
+    ways["cascade"] = cascade
+    more: dict[str, Job] = {"lgvit, gate": functools.partial(gated, options.work)}
+    jobs = {"accuracy": ways | more, "latency": ways, "stream": {"moving CIFAR": moving}}
     try:
         for part in options.parts:
-            for name, job in jobs.items():
+            for name, job in jobs[part].items():
                 if name in document[part]:
                     continue
                 with working(f"{part} of {name}") as progress:
@@ -93,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tuned(work: Path, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """A row of the ViT-Ti on CIFAR-10."""
+def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[Model, Context, Images]:
+    """The ViT-Ti, what techniques learn from, and the images of CIFAR-10 to test on."""
     pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=NUM_TRAIN + NUM_CALIB, seed=0)
     calib, train = pool.split(NUM_CALIB, seed=0)
     test = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
@@ -116,8 +125,41 @@ def tuned(work: Path, passes: str, part: str, assets: Path, out: Path, progress:
         progress=progress,
         kept=kept,
     )
+    return source, context, test
+
+
+def tuned(work: Path, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A row of the ViT-Ti."""
+    source, context, test = prepared(work, assets, out, progress)
     model = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {passes}"), context)
     return judge(source, pipeline.traced(model), context.images, test, part, progress)
+
+
+def gated(work: Path, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A gate on the exits of LGViT, with what it lets go at each balance."""
+    source, context, test = prepared(work, assets, out, progress)
+    exits = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {EXITS['lgvit']}"), context)
+    rows, row = [], {}
+    for beta in BETAS:
+        model = pipeline.traced(pipeline.run(exits, Recipe((EcoM2F(beta=beta),)), context))
+        parts, limits = stages(model.module), [LIKELIEST[1]] * len(leaves(model.module))  # type: ignore[arg-type]
+        gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
+        unseen = ask(parts, _labelled(test, model), progress)
+        truth = unseen["answers"] == unseen["labels"]
+        rows.append({"beta": beta, "test": _test(plan(unseen["confidences"], truth, gmacs, limits))})
+        row = {
+            "model": model.name,
+            "gmacs": gmacs.tolist(),
+            "n_calibration": NUM_CALIB,
+            "n_test": truth.shape[1],
+            "top1_pct": (100 * truth.mean(1)).tolist(),
+        }
+    return row | {"budgets": rows, "environment": report.environment(("torch", "timm", "openvino", "numpy"))}
+
+
+def moving(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """A row of two networks on a stream."""
+    return moving_cifar.measure(assets, progress)
 
 
 def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
@@ -161,11 +203,7 @@ def judge(
                     kind: value,
                     "thresholds": [str(each) for each in solved.thresholds],
                     "calibration": {"gmacs": solved.cost, "top1_pct": 100 * (1 - solved.wrong)},
-                    "test": {
-                        "gmacs": there.cost,
-                        "top1_pct": 100 * (1 - there.wrong),
-                        "share_pct": (100 * there.share).tolist(),
-                    },
+                    "test": _test(there),
                 }
             )
     return {
@@ -209,7 +247,6 @@ def timed(
 ) -> dict[str, Any]:
     """Mean milliseconds of an image on OpenVINO: the untouched model, exits within a point, and none leaving."""
     from martlet.functional.exits import decide
-    from martlet.graph.stages import leaves, window
 
     solved = solve(confidences, right, gmacs, Budget(lost=0.01))
     assert solved is not None
@@ -239,6 +276,14 @@ def timed(
                 for which, times in ms.items()
             }
     return {"thresholds": [str(t) for t in solved.thresholds], "batches": found, "environment": report.environment()}
+
+
+def _test(found: Plan) -> dict[str, Any]:
+    return {
+        "gmacs": found.cost,
+        "top1_pct": 100 * (1 - found.wrong),
+        "share_pct": (100 * found.share).tolist(),
+    }
 
 
 def _each(session: Any, groups: Sequence[np.ndarray]) -> None:

@@ -41,11 +41,19 @@ NEED_TOKENS = ("tokens", "prune", "norm", "share")
 """Families that say of a model without tokens that it isn't theirs."""
 FOR_ANY = ("dependency", "resolution")
 """Techniques of these families that say no such thing."""
-NEED_HEADS = ("comcat", "linformer", "adapter", "vpt", "ladder", "sherl", "linear_exits", "lgvit", "mue")
+NEED_HEADS = (
+    *("comcat", "linformer", "adapter", "vpt", "ladder", "sherl"),
+    *("linear_exits", "lgvit", "mue", "dyn_perceiver"),
+)
 """Techniques of other families that say so too."""
 NEED_LINEARS = ("lora", "lora_ga", "pyra", "light_peft")
 """Techniques for which a network of convolutions has no Linear but its classifier."""
-NEED_EXITS = {"deer": "has no exits", "window": "has no exits", "cascade": "first names no model"}
+NEED_EXITS = {
+    "deer": "has no exits",
+    "window": "has no exits",
+    "eco_m2f": "has no exits",
+    "cascade": "first names no model",
+}
 """Techniques that come after one that adds exits, or need another model, and say so."""
 NEED_TWO_TOKENS = ("deit_lt",)
 """Techniques for models with a distillation token, which say so of others."""

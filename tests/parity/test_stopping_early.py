@@ -1,8 +1,9 @@
 """Stopping early against plain Python in float64: who leaves where, thresholds for budgets, windows, heads, similarity;
 and that a fault would show.
 
-Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, section 3.3; Xia and Bouganis, 2023, arXiv 2303.08010, section 3.2; Xu et
-al., LGViT, 2023, arXiv 2308.00255, section 3.2; Tang et al., MuE, 2023, arXiv 2211.11152, equation 4.
+Yue et al., DeeR-VLA, 2024, arXiv 2411.02359; Xia and Bouganis, 2023, arXiv 2303.08010; Xu et al., LGViT, 2023,
+arXiv 2308.00255, section 3.2; Tang et al., MuE, 2023, arXiv 2211.11152. Of the first, the second and the last, facts of
+the authors' code.
 """
 
 import itertools

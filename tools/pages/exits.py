@@ -47,6 +47,8 @@ def page(document: Mapping[str, Any]) -> str:
         ]
         heading = ("Row", "Batch", "What ran", "Median ms an image", "Faster than without")
         lines += ["", "## Times on OpenVINO, interleaved, at one point of top-1", "", *table(heading, rows)]
+    for name, row in document.get("stream", {}).items():
+        lines += _stream(name, row)
     return "\n".join([*lines, "", measured_on(document["accuracy"].values()), ""])
 
 
@@ -54,13 +56,49 @@ def _budgets(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     whole = row["gmacs"][-1]
     return [
         (
-            f"mean {each['mean'] / whole:.0%}" if "mean" in each else f"{each['drop']:g} points lost",
+            _budget(each, whole),
             f"{each['test']['gmacs']:.4f}",
             f"{each['test']['gmacs'] / whole:.0%}",
             f"{each['test']['top1_pct']:.1f}",
             ", ".join(f"{share:.0f}" for share in each["test"]["share_pct"]),
         )
         for each in row["budgets"]
+    ]
+
+
+def _budget(each: Mapping[str, Any], whole: float) -> str:
+    if "beta" in each:
+        return f"β {each['beta']:g}"
+    return f"mean {each['mean'] / whole:.0%}" if "mean" in each else f"{each['drop']:g} points lost"
+
+
+def _stream(name: str, row: Mapping[str, Any]) -> list[str]:
+    """Of two networks on a stream, what each costs and errs, and what switching between them does."""
+    costs, errors, times = row["mmacs"], row["error_px"], row["times"]
+    rows = [
+        (
+            "the big one's error" if "error" in each else f"mean {each['mean']:.0%}",
+            f"{each['mmacs']:.2f}",
+            f"{each['mmacs'] / costs['big']:.0%}",
+            f"{each['error_px']:.3f}",
+            f"{sum(each['random_error_px']) / len(each['random_error_px']):.3f}",
+        )
+        for each in row["thresholds"]
+    ]
+    alone = [(kind, f"{costs[kind]:.2f}", f"{errors[kind]:.3f}") for kind in costs]
+    timed = [(kind, f"{its['ms']['median']:.4f}", f"{its['speedup']['median']:.2f}×") for kind, its in times.items()]
+    return [
+        "",
+        f"## `{name}`: a small and a big network on a stream",
+        "",
+        f"Thresholds found on {row['n_calibration']} frames, tested on {row['n_test']} of others; errors are mean "
+        "absolute ones of where something is, in pixels. At random, the big network gets as many frames.",
+        "",
+        *table(("Alone", "MMACs", "Error, px"), alone),
+        "",
+        *table(("Budget", "Mean MMACs", "Of the big one", "Error, px", "At random, px"), rows),
+        "",
+        *table(("On OpenVINO, batch 1", "Median ms a frame", "Faster than the big one"), timed),
     ]
 
 

@@ -44,6 +44,13 @@ def cascade(
     width: Annotated[
         float, Option(min=0, max=1, metavar="SHARE", help="With --coverage, how many images go on to the next model.")
     ] = 0.2,
+    average: Annotated[
+        bool,
+        Option(
+            help="Images leave with the mean of the probabilities of the models that they came through, or with the "
+            "last model's answer alone."
+        ),
+    ] = True,
     engine: EngineName = "openvino",
     calib: Annotated[
         str | None,
@@ -75,7 +82,7 @@ def cascade(
         from martlet.techniques.exits.deer import DeeR
         from martlet.techniques.exits.window import Window
 
-        joined = Cascade(first=tuple(models[:-1]))
+        joined = Cascade(first=tuple(models[:-1]), average=average)
         if coverage is None:
             recipe = budget.apply(Recipe((joined, DeeR())), max_drop)
         else:

@@ -16,6 +16,8 @@ class Fact(StrEnum):
     """The model is, or can be traced to, an editable graph; broken by settings of the engine."""
     ALL_TOKENS = "all_tokens"
     """Every block computes every token."""
+    ONE_EXIT = "one_exit"
+    """No image leaves before the last block, so nothing hangs on the blocks as they are."""
     UNFUSED = "unfused"
     """Batch norms and training-time branches still stand apart."""
     WHOLE_LINEARS = "whole_linears"

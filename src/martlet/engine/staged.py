@@ -179,11 +179,15 @@ class StagedSession(Session):
         """Of each stage, as if no image left."""
         [images] = together(images)
         inputs = self._inputs(images)
-        return [self._sessions[k][self.batch].profile(values, repeats) for k, values in enumerate(inputs)]
+        return [stage.profile(values, repeats) for stage, values in zip(self.stages(), inputs, strict=True)]
 
     def alone(self, images: np.ndarray) -> list[Callable[[], object]]:
         """For each stage, what runs it alone, on what it would be given if no image left."""
         return [functools.partial(self._stage, k, values) for k, values in enumerate(self._inputs(images))]
+
+    def stages(self) -> list[Session]:
+        """Each stage compiled for the session's batch."""
+        return [sessions[self.batch] for sessions in self._sessions]
 
     def _inputs(self, images: np.ndarray) -> list[list[np.ndarray]]:
         """What every stage is given if no image leaves."""

@@ -28,7 +28,7 @@ def decide(confidences: np.ndarray, thresholds: Sequence[float] | np.ndarray) ->
 def shares(ratio: float, count: int) -> np.ndarray:
     """The share of images that is to leave at each of `count` exits: in proportion to ratio, ratio², …
 
-    Source: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, section 3.3, an exponential distribution over the exits.
+    Source: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, an exponential distribution over the exits, as in its code.
     """
     powers = np.log(ratio) * np.arange(1, count + 1)
     found = np.exp(powers - powers.max())
@@ -39,7 +39,8 @@ def thresholds(confidences: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The thresholds (E,) at which the wanted shares (E + 1,) of the images leave at each exit.
 
     confidences: (E, N). At each exit, of the images that are left, the surest so many of all N leave. A share of less
-    than one image lets none leave: the threshold is infinite. Images as sure as the last of them leave with it.
+    than one image lets none leave: the threshold is infinite. Images as sure as the last of them leave with it, and
+    where that has left fewer than are to leave at a later exit, these do.
     Source: as `shares`.
     """
     count = confidences.shape[1]
@@ -107,8 +108,8 @@ def solve(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budget:
     Where risk is limited, thresholds are found on the first half of the images, and tested on the others: the plans one
     after the other, the dearest first, until one fails an exact binomial test. So `doubt` holds for the one that is
     chosen, however many were tried.
-    Source: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, section 3.3; for risk Angelopoulos et al., Learn then Test,
-    2021, arXiv 2110.01052, fixed sequence testing.
+    Source: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, as `shares`; for risk Angelopoulos et al., Learn then Test,
+    2021, arXiv 2110.01052, fixed sequence testing of binomial p-values.
     """
     learned, tested = slice(None), slice(None)
     if budget.risk is not None:
@@ -135,7 +136,7 @@ def around(confidence: np.ndarray, coverage: float, width: float) -> tuple[float
     """The window [low, high) of confidence (N,) around the border above which a share `coverage` of images is answered.
 
     It holds a share `width` of the images, as many below the border as above, as far as there are so many.
-    Source: Xia and Bouganis, 2023, arXiv 2303.08010, section 3.2.
+    Source: Xia and Bouganis, 2023, arXiv 2303.08010, and its code, which cuts the window at the ends.
     """
     count, rising = len(confidence), np.sort(confidence)
     inside, border = round(width * count), round((1 - coverage) * count)
@@ -164,6 +165,42 @@ def held_out(confidences: np.ndarray, right: np.ndarray, costs: np.ndarray, budg
         (first.cost + second.cost) / 2,
         (first.wrong + second.wrong) / 2,
     )
+
+
+def depths(quality: np.ndarray, costs: np.ndarray, beta: float) -> np.ndarray:
+    """Where each image (N,) should leave: at the place whose quality (E + 1, N) is best, once beta costs (E + 1,) are
+    taken off; the first of equals.
+
+    Source: Yao et al., ECO-M2F, 2024, arXiv 2404.15244, the utility q - beta k, whose k is the number of layers.
+    """
+    return (quality - beta * np.asarray(costs)[:, None]).argmax(0)
+
+
+def regression(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (K, C) and biases (K,) of a softmax regression of labels (N,) on features (N, C), in float64.
+
+    What is made small is the sum of the cross-entropies and half the square of the weights, of features with mean 0 and
+    variance 1; what is given is for features as they are.
+    """
+    from scipy.optimize import minimize
+
+    x = features.astype(np.float64)
+    mean, std = x.mean(0), x.std(0)
+    std[std == 0] = 1.0
+    x, wanted = (x - mean) / std, np.eye(classes)[labels]
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, biases = flat[:-classes].reshape(classes, -1), flat[-classes:]
+        scores = x @ weights.T + biases
+        scores -= scores.max(1, keepdims=True)
+        logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        slope = np.exp(logs) - wanted  # (N, K)
+        gradient = np.concatenate([(slope.T @ x + weights).ravel(), slope.sum(0)])
+        return float(-(wanted * logs).sum() + (weights**2).sum() / 2), gradient
+
+    found = minimize(loss, np.zeros(classes * (x.shape[1] + 1)), jac=True, method="L-BFGS-B").x
+    weights, biases = found[:-classes].reshape(classes, -1), found[-classes:]
+    return weights / std, biases - weights @ (mean / std)
 
 
 def binomial_tail(wrong: int, count: int, probability: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,9 @@ def stages(graph_module: GraphModule) -> list[Stage]:
     made_in = {images: -1}  # the stage that computes a value
     for k, nodes in enumerate(ends):
         made_in |= dict.fromkeys(_above(nodes, made_in) & varies, k)
+    for node in graph_module.graph.nodes:
+        if node in made_in and node.target is operator.getitem:  # what is cut are tensors, and not lists of them
+            made_in[node] = made_in[node.args[0]]
     needs: list[set[Node]] = [set() for _ in ends]  # of earlier stages
     for node, k in made_in.items():
         needs[max(k, 0)].update(source for source in _sources(node) if source in varies and made_in[source] < k)

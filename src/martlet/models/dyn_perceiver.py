@@ -10,15 +10,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 
 from martlet.core.errors import SourceError
-from martlet.models.backbone import cfg, merge_heads, split_heads
+from martlet.models.backbone import cfg
 from martlet.models.papers.paper import Paper, Stated
+from martlet.nn.latent import Attend, Read, Shrink, Transfer
 
 __all__ = ["DynPerceiver"]
 
@@ -85,60 +84,6 @@ HOSTS: Mapping[str, Callable[[Any], Host]] = MappingProxyType(
 )
 
 
-class Attend(nn.Module):
-    """Tokens (B, N, C) attend to others (B, M, C'), and go through an MLP; both are added.
-
-    inner: channels of queries, keys and values, if not C. places: M, if keys have learned positions.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 1,
-        mlp_ratio: float = 1.0,
-        other_dim: int | None = None,
-        inner: int | None = None,
-        places: int | None = None,
-    ) -> None:
-        super().__init__()
-        inner, other = inner or dim, other_dim or dim
-        self.num_heads = num_heads
-        self.norm_q = nn.LayerNorm(dim)
-        self.norm_kv = nn.LayerNorm(other) if other_dim else None
-        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for width in (dim, other, other))
-        self.proj = nn.Linear(inner, dim)
-        self.position = nn.Parameter(torch.zeros(1, places, inner)) if places else None
-        self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim))
-
-    def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
-        q = self.norm_q(x)
-        kv = q if others is None or self.norm_kv is None else self.norm_kv(others)
-        k = self.k(kv) if self.position is None else self.k(kv) + self.position
-        q, k, v = (split_heads(one, self.num_heads) for one in (self.q(q), k, self.v(kv)))
-        x = x + self.proj(merge_heads(scaled_dot_product_attention(q, k, v)))
-        return x + self.mlp(self.norm_mlp(x))
-
-
-class Read(nn.Module):
-    """The code Z (B, N, C) attends to the features X (B, C, H, W), pooled to `grid` × `grid`, and then to itself.
-
-    Before they are pooled a depthwise 7 × 7 convolution is added to them.
-    """
-
-    def __init__(self, dim: int, grid: int, depth: int, num_heads: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.cross = Attend(dim, other_dim=dim, places=grid**2)
-        self.blocks = nn.Sequential(*(Attend(dim, num_heads, mlp_ratio=4.0) for _ in range(depth)))
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        pooled = avg_pool2d(x + self.conv(x), (h // self.grid, w // self.grid))
-        return self.blocks(self.cross(z, pooled.flatten(2).mT))
-
-
 class Write(nn.Module):
     """The features X (B, C, H, W) attend to the code (B, N, C'), in an eighth of their channels."""
 
@@ -148,29 +93,6 @@ class Write(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.cross(x.flatten(2).mT, z).mT.unflatten(2, x.shape[-2:])
-
-
-class Shrink(nn.Module):
-    """Half of the tokens, each a mixture of all, with the channels of the next stage. (B, N, C) -> (B, N / 2, C')."""
-
-    def __init__(self, tokens: int, dim: int, out: int) -> None:
-        super().__init__()
-        self.mix = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, tokens // 2))
-        self.expand = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, out))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.expand(self.mix(z.mT).mT)
-
-
-class Transfer(nn.Module):
-    """What an exit thought, for the next one. Logits (B, K) -> (B, C)."""
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(num_classes, dim), nn.BatchNorm1d(dim)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.norm(self.fc(logits)).relu()
 
 
 class DynPerceiver(nn.Module):
@@ -221,7 +143,8 @@ class DynPerceiver(nn.Module):
         self.latent = nn.Parameter(torch.zeros(1, tokens, code_dims[0]))
         self.stem, self.stages = its.stem, nn.ModuleList(its.stages)
         self.read = nn.ModuleList(
-            Read(dim, grid, depth, heads) for dim, depth, heads in zip(code_dims, depths, num_heads, strict=True)
+            Read(dim, (grid, grid), depth, heads)
+            for dim, depth, heads in zip(code_dims, depths, num_heads, strict=True)
         )
         self.shrink = nn.ModuleList(Shrink(tokens >> i, code_dims[i], code_dims[i + 1]) for i in range(3))
         self.write = nn.ModuleList(Write(self.dims[i + 1], code_dims[min(i + 1, 3)]) for i in range(4))

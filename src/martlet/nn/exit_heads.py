@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -108,3 +109,20 @@ def _joined(readout: Readout, x: Tensor, features: Tensor) -> Tensor:
     """The mean (B, C) of the features (B, M, C), and the class token, if there is one."""
     token, _ = readout.split(x)
     return features.mean(1) if token is None else features.mean(1) + token
+
+
+class DepthGate(nn.Module):
+    """At which of several places an image should leave, from the mean of tokens (B, …, C) that come early.
+
+    Gives how sure it is, from 0 to 1, of each place but the last that images should have left by then (B, E): one half
+    or more from the likeliest place on.
+    """
+
+    def __init__(self, channels: int, places: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.fc(x.flatten(1, -2).mean(1)).softmax(1)  # (B, E + 1)
+        ahead = [p[:, : k + 1].amax(1) - p[:, k + 1 :].amax(1) for k in range(p.shape[1] - 1)]
+        return (1 + torch.stack(ahead, 1)) / 2

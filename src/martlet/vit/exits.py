@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,33 @@ Confidence = Callable[[Sequence[Tensor], Tensor], Tensor]
 """From what the blocks around the exit were given, the last the exit's own, and its logits (B, K), to (B,)."""
 
 
+class Answer(NamedTuple):
+    """What an exit says of images: logits (B, K), how sure it is (B,), and the tokens (B, …, C) that it read."""
+
+    logits: Tensor
+    confidence: Tensor
+    tokens: Tensor
+
+
+class Run(ABC):
+    """How a model with exits runs: from images (B, 3, H, W) to the logits (B, K) with which each leaves."""
+
+    exits: Sequence[Exit]
+
+    @abstractmethod
+    def answers(self, images: Tensor) -> tuple[list[Answer], Tensor]:
+        """What every exit says, and the logits with which images leave that none lets go."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        answers, later = self.answers(images)
+        for exit_, (logits, confidence, _) in reversed([*zip(self.exits, answers, strict=True)]):
+            later = leave(logits, confidence, later, exit_.window)
+        return later
+
+
 @dataclass(frozen=True, eq=False)
-class ExitRun:
-    """How a model with exits runs.
+class ExitRun(Run):
+    """Exits that read the tokens before some of the blocks, and change nothing of the model.
 
     points: for each exit, the modules whose inputs are the tokens that it reads; the last is its own.
     last: the last block.
@@ -43,13 +67,14 @@ class ExitRun:
     last: nn.Module
     confidence: Confidence
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def answers(self, images: Tensor) -> tuple[list[Answer], Tensor]:
         seen, later = self.tokens(images)
-        for exit_, points in reversed([*zip(self.exits, self.points, strict=True)]):
+        found = []
+        for exit_, points in zip(self.exits, self.points, strict=True):
             tokens = [seen[point] for point in points]
             logits = exit_(tokens[-1])
-            later = leave(logits, self.confidence(tokens, logits), later, exit_.window)
-        return later
+            found.append(Answer(logits, self.confidence(tokens, logits), tokens[-1]))
+        return found, later
 
     def tokens(self, images: Tensor) -> tuple[dict[nn.Module, Tensor], Tensor]:
         """What each point was given and the last block gave, and the logits of the model without exits."""
@@ -82,14 +107,29 @@ def install_(
 
     after: for each exit, how many blocks run before the tokens that it reads; the last number is its own place.
     """
-    exits = nn.ModuleList([Exit(head.eval()) for head in heads])
-    module.exits = exits
-    module.__dict__["exit_run"] = _run(module, vit, cast(Sequence[Exit], exits), after, confidence)
+    exits = hang_(module, heads)
+    run_as_(module, _run(module, vit, exits, after, confidence))
+
+
+def hang_(module: nn.Module, heads: Sequence[nn.Module]) -> Sequence[Exit]:
+    """Makes exits of heads, and parts of the model, as `exits`."""
+    module.exits = nn.ModuleList([Exit(head.eval()) for head in heads])
+    return cast(Sequence[Exit], module.exits)
+
+
+def run_as_(module: nn.Module, run: Run) -> None:
+    """Makes a model run so."""
+    module.__dict__["exit_run"] = run
     module.forward = types.MethodType(_forward, module)  # of the module, so that a copy's is the copy's
 
 
 def _forward(module: nn.Module, images: Tensor) -> Tensor:
-    return cast(ExitRun, module.exit_run)(images)
+    return cast(Run, module.exit_run)(images)
+
+
+def run_of(module: nn.Module) -> Run | None:
+    """How the model runs, if it has exits and isn't traced yet."""
+    return module.__dict__.get("exit_run")
 
 
 def _run(
@@ -99,12 +139,12 @@ def _run(
     return ExitRun(module, exits, points, vit.blocks[-1].module, confidence)
 
 
-def widths(model: Model, vit: VitView, after: Sequence[int]) -> list[int]:
-    """How many channels the tokens have after so many blocks."""
+def shapes(model: Model, vit: VitView, after: Sequence[int]) -> list[torch.Size]:
+    """Of the tokens of an image (1, …, C) after so many blocks."""
     run = _run(model.module, vit, (), [[n] for n in after], top)
     with torch.no_grad():
         seen, _ = run.tokens(torch.zeros(1, 3, *model.preprocess.size))
-    return [seen[points[0]].shape[-1] for points in run.points]
+    return [seen[points[0]].shape for points in run.points]
 
 
 def point(block: BlockView) -> nn.Module:
@@ -112,9 +152,12 @@ def point(block: BlockView) -> nn.Module:
     return block.attention.module if block.post_norm else block.norm1.module
 
 
-def readout(vit: VitView) -> Readout:
-    tokens = vit.tokens
-    return Readout(tokens.num_prefix, tokens.class_token + tokens.distillation_token, tokens.grid)
+def readout(vit: VitView, after: int) -> Readout:
+    """How tokens are read after so many blocks."""
+    tokens, stage = vit.tokens, vit.blocks[min(after, len(vit.blocks) - 1)].stage
+    # Swin halves its grid between stages, and fills up what is odd.
+    grid = tokens.grid and (-(-tokens.grid[0] // 2**stage), -(-tokens.grid[1] // 2**stage))
+    return Readout(tokens.num_prefix, tokens.class_token + tokens.distillation_token, grid)
 
 
 def places(name: str, after: tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -152,9 +195,18 @@ def check_none(model: Model, name: str) -> None:
         raise RecipeError(f"{name}: {model.name} has exits already; one technique that adds exits is enough")
 
 
+def check_grid(name: str, model: Model) -> None:
+    """Raises:
+    RecipeError: patches of which nobody knows where they are.
+    """
+    vit = view(model.module)
+    if vit.family == "vit" and vit.tokens.grid is None:
+        raise RecipeError(f"{name}: {model.name} takes any image size, so its patches have no grid; linear_exits can")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedExits(Training):
-    """What all techniques share whose exits have heads to train, on a model whose weights stay as they are.
+    """What all techniques share whose exits have something to train.
 
     Args:
         after: how many blocks run before each exit; without any, exits are at the quarters of the depth.
@@ -162,6 +214,7 @@ class TrainedExits(Training):
 
     stage: ClassVar[Stage] = Stage.MODULE
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ONE_EXIT})
 
     after: tuple[int, ...] = ()
     rate: float = 2e-3
@@ -170,22 +223,36 @@ class TrainedExits(Training):
         super().__post_init__()
         object.__setattr__(self, "after", check_after(self.name, self.after))
 
-    @abstractmethod
-    def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:
-        """A head for each exit. channels: of its tokens."""
-
     def check(self, model: Model) -> None:
         check_none(model, self.name)
         places(self.name, self.after, len(view(model.module).blocks))
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         vit = view(model.module)
-        after = places(self.name, self.after, len(vit.blocks))
-        record = {"after": [*after], "channels": widths(model, vit, after)}
+        record = self.plan(model, vit, places(self.name, self.after, len(vit.blocks)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             self.restore_(model, record)
-        return record | {"training": super().apply_(model, replace(context, teacher=None))}
+        return record | {"training": super().apply_(model, context)}
+
+    @abstractmethod
+    def plan(self, model: Model, vit: VitView, after: Sequence[int]) -> dict[str, Any]:
+        """The record from which `restore_` builds the exits, after so many blocks each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadedExits(TrainedExits):
+    """Exits with a head each, on a model whose weights stay as they are."""
+
+    @abstractmethod
+    def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:
+        """A head for each exit. channels: of its tokens."""
+
+    def plan(self, model: Model, vit: VitView, after: Sequence[int]) -> dict[str, Any]:
+        return {"after": [*after], "channels": [shape[-1] for shape in shapes(model, vit, after)]}
+
+    def apply_(self, model: Model, context: Context) -> dict[str, Any]:
+        return super().apply_(model, replace(context, teacher=None))  # the model itself is what heads learn
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         vit = view(model.module)

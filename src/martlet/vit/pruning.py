@@ -37,7 +37,7 @@ class Pruning(Technique):
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.ONE_EXIT})
     needs_images: ClassVar[bool] = True
 
     prune_ratio: float = 0.2

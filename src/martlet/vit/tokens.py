@@ -43,7 +43,7 @@ class TokenReduction(Technique):
     """What all techniques share that leave later blocks fewer tokens. See `r` in any of them."""
 
     stage: ClassVar[Stage] = Stage.MODULE
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     proportional: ClassVar[bool] = True
     """Later attention knows how many patches a token stands for."""

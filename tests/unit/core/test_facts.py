@@ -7,6 +7,9 @@ from martlet.core.recipe import Recipe
 from martlet.core.registry import technique
 from martlet.core.technique import Stage
 
+WHOLE = {Fact.ALL_TOKENS, Fact.ONE_EXIT, Fact.WHOLE_LINEARS}
+"""What rounding leaves as it is."""
+
 
 def test_stages_exclude_the_ones_before():
     assert Fact.MODULE in Stage.GRAPH.breaks
@@ -27,9 +30,9 @@ def test_a_technique_has_the_facts_of_its_stage_and_its_own():
     [
         ("none", ALL_FACTS),
         ("fuse", ALL_FACTS - {Fact.UNFUSED}),
-        ("bf16", {Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS}),
-        ("int8-f32", {Fact.GRAPH, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.FREE_PRECISION}),
-        ("int8", {Fact.ALL_TOKENS, Fact.WHOLE_LINEARS}),
+        ("bf16", {*WHOLE, Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS}),
+        ("int8-f32", {*WHOLE, Fact.GRAPH, Fact.FREE_PRECISION}),
+        ("int8", WHOLE),
     ],
 )
 def test_what_is_left_after_a_recipe(spec, left):

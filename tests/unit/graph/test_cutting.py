@@ -44,6 +44,30 @@ def test_a_stage_has_what_its_exit_needs_and_no_earlier_one_has_computed():
     assert names == [{"stem", "exits"}, {"second", "exits"}, {"third"}]
 
 
+class Splits(Skips):
+    """What crosses the cuts is a part of a list that the first stage computes."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first, second, third = (
+            self.stem(images.reshape(images.shape[0], -1)).unflatten(1, (1, 8)).repeat(1, 3, 1).unbind(1)
+        )
+        later = self.third(torch.cat([third, third], 1))
+        for exit_, x in ((self.exits[1], self.second(second)), (self.exits[0], first)):
+            logits = exit_(x)
+            later = leave(logits, top_probability(logits), later, exit_.window)
+        return later
+
+
+def test_tensors_are_cut_and_not_lists_of_them():
+    graph, images = trace(Splits().eval(), SIZE), torch.randn(3, 3, *SIZE)
+    parts = stages(graph)
+    with torch.no_grad():
+        found = run(parts, images)
+    assert all(isinstance(value, torch.Tensor) for given in found for value in given.values())
+    assert [len(part.inputs) for part in parts] == [1, 1, 1]
+    assert torch.equal(graph(images), next(iter(found[-1].values())))
+
+
 def test_stages_share_the_memory_of_the_model():
     graph = traced()
     ours = {p.data_ptr() for p in graph.parameters()}

@@ -8,7 +8,8 @@ from families import CLASSES, FAMILIES, images, tiny
 
 from martlet import models
 from martlet.core.errors import SourceError
-from martlet.models.dyn_perceiver import Attend, Read, Shrink, Write
+from martlet.models.dyn_perceiver import Write
+from martlet.nn.latent import Attend, Read, Shrink
 
 NAME = "dyn_perceiver_regnety_008"
 SIZE = FAMILIES[NAME].size
@@ -70,7 +71,7 @@ def randomized(module):
 
 
 def test_reading_is_the_papers():
-    read = randomized(Read(4, grid=2, depth=0, num_heads=1))
+    read = randomized(Read(4, grid=(2, 2), depth=0, num_heads=1))
     x, z = torch.randn(1, 4, 4, 6).double(), torch.randn(1, 3, 4).double()
     seen = x[0] + torch.nn.functional.conv2d(x, read.conv.weight, read.conv.bias, padding=3, groups=4)[0]
     cells = [seen[:, i : i + 2, j : j + 3].mean((1, 2)).tolist() for i in (0, 2) for j in (0, 3)]

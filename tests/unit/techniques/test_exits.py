@@ -116,6 +116,12 @@ def test_a_risk_that_cannot_be_promised(exits):
         apply("deer: {max_risk_pct: 1.0}", exits, images)
 
 
+@pytest.mark.parametrize(("labels", "wrong"), [(None, "other than the last answer"), (np.arange(96) % 10, "wrong")])
+def test_a_promise_says_what_would_break_it(exits, labels, wrong):
+    promise = apply("deer: {max_risk_pct: 99.0}", exits, Noise(96, labels)).steps[-1].record["promise"]
+    assert promise == f"at most 99 % {wrong} on images like the calibration images, with 95 % confidence"
+
+
 def test_a_mean_budget_is_kept_and_told(exits):
     done = apply("deer: {mean_gmacs: 0.0003}", exits)
     record = done.steps[-1].record

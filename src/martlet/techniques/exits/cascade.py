@@ -36,9 +36,10 @@ class Cascade(Technique):
     Needs: models of the same classes and image size. They get the images that the last one wants, but for mean and
         standard deviation, which each gets as its own.
     Cost: nothing at compress time; at run time, each model that an image comes to.
-    Paper: Xia and Bouganis, Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023, arXiv 2303.08010,
-        section 3; Wang et al., Wisdom of Committees, 2022, arXiv 2012.01988, for classification.
-    Differs: nothing known; windows are a technique of their own.
+    Paper: Xia and Bouganis, Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023, arXiv 2303.08010, whose
+        code averages probabilities, and asks the first model's largest; Wang et al., Wisdom of Committees, 2022,
+        arXiv 2012.01988, section 4, for classification.
+    Differs: windows are a technique of their own. How sure a later model of three is follows from the average so far.
     Raises: RecipeError without models, or with models that have exits, or other classes or image sizes; SourceError as
         `load_model`.
     """

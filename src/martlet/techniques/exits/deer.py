@@ -49,13 +49,14 @@ class DeeR(Technique):
     Shape: none changes.
     Needs: images, 16 or more for each exit; labels, for limits on top-1. A model with exits.
     Cost: one inference an image; with milliseconds, the stages are lowered and timed.
-    Paper: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, section 3.3 (thresholds by an exponential distribution over the
-        exits, for a mean, a peak and a memory budget). Angelopoulos et al., Learn then Test, 2021, arXiv 2110.01052
-        (the guarantee on risk).
-    Differs: the equations are known from the authors' code; the paper's text wasn't at hand. The base a is found by
-        trying 400; the paper solves for it, or searches with the robot in the loop. Exits ask the largest probability,
-        or what the technique that made them says, where the paper asks whether two exits' actions agree. Memory isn't
-        limited by itself: a peak budget leaves out the stages behind it.
+    Paper: Yue et al., DeeR-VLA, 2024, arXiv 2411.02359, adaptive inference (thresholds by an exponential distribution
+        over the exits, for a mean, a peak and a memory budget). Angelopoulos et al., Learn then Test, 2021,
+        arXiv 2110.01052 (the guarantee on risk: fixed sequence testing of binomial p-values).
+    Differs: known from the authors' code; the papers' texts weren't at hand. The base a is found by trying 400; there
+        it is given by the user, and the thresholds from it can be the start of a Bayesian search with the robot in the
+        loop. Where images as sure as each other have left fewer than are to leave next, all of these leave; there, none
+        does. Exits ask the largest probability, or what the technique that made them says, where the paper asks how far
+        two exits' actions are apart. Memory isn't limited by itself: a peak budget leaves out the stages behind it.
     Raises: RecipeError for a model without exits, too few images, a budget below the first exit, risk that can't be
         promised, or a setting out of range.
     """
@@ -154,7 +155,7 @@ class DeeR(Technique):
             "right_pct": 100 * (1 - plan.wrong),
             "last_right_pct": 100 * float(right[-1].mean()),
             "unseen": unseen and {"mean": unseen.cost, "right_pct": 100 * (1 - unseen.wrong)},
-            "promise": self._promise(budget),
+            "promise": self._promise(budget, labels is not None),
         }
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
@@ -189,12 +190,12 @@ class DeeR(Technique):
             )
         return f"no thresholds keep to {self}; allow a larger mean or a larger drop"
 
-    def _promise(self, budget: Budget) -> str | None:
+    def _promise(self, budget: Budget, labelled: bool) -> str | None:
         if budget.risk is None:
             return None
-        sure = 100 * (1 - self.doubt)
+        wrong, sure = "wrong" if labelled else "other than the last answer", 100 * (1 - self.doubt)
         return (
-            f"at most {100 * budget.risk:g} % wrong on images like the calibration images, with {sure:g} % confidence"
+            f"at most {100 * budget.risk:g} % {wrong} on images like the calibration images, with {sure:g} % confidence"
         )
 
 

@@ -16,8 +16,8 @@ from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.nn.exit_heads import AggregationHead, PerceptionHead
 from martlet.training.objective import Objective
-from martlet.vit.exits import ExitRun, HeadsObjective, TrainedExits, readout
-from martlet.vit.view import VitView, view
+from martlet.vit.exits import ExitRun, HeadedExits, HeadsObjective, check_grid, readout
+from martlet.vit.view import VitView
 
 HEADS = 8
 """Of attention, or the most that divide the channels."""
@@ -26,7 +26,7 @@ STRIDES = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LGViT(TrainedExits):
+class LGViT(HeadedExits):
     """Let images leave after some of the blocks: the first exits see locally, the others globally.
 
     Early tokens lack what convolutions find, late ones have it and lack the whole image: so the first half of the exits
@@ -61,7 +61,7 @@ class LGViT(TrainedExits):
     paper: ClassVar[str] = (
         "Xu et al., LGViT: Dynamic Early Exiting for Accelerating Vision Transformer, 2023, arXiv 2308.00255"
     )
-    requires: ClassVar[frozenset[Fact]] = TrainedExits.requires | {Fact.ALL_TOKENS}
+    requires: ClassVar[frozenset[Fact]] = HeadedExits.requires | {Fact.ALL_TOKENS}
 
     features: float = 0.1
 
@@ -72,16 +72,13 @@ class LGViT(TrainedExits):
 
     def check(self, model: Model) -> None:
         super().check(model)
-        vit = view(model.module)
-        if vit.family == "vit" and vit.tokens.grid is None:
-            raise RecipeError(
-                f"lgvit: {model.name} takes any image size, so its patches have no grid; linear_exits can"
-            )
+        check_grid(self.name, model)
 
     def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:
-        local, read = -(-len(after) // 2), readout(vit)
+        local = -(-len(after) // 2)
         found: list[nn.Module] = []
-        for i, each in enumerate(channels):
+        for i, (n, each) in enumerate(zip(after, channels, strict=True)):
+            read = readout(vit, n)
             if i < local:
                 found.append(PerceptionHead(each, classes, read, wide=2 * i < local))
             else:

@@ -9,12 +9,12 @@ from typing import ClassVar
 from torch import nn
 
 from martlet.nn.exit_heads import LinearHead
-from martlet.vit.exits import TrainedExits, readout
+from martlet.vit.exits import HeadedExits, readout
 from martlet.vit.view import VitView
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearExits(TrainedExits):
+class LinearExits(HeadedExits):
     """Let images leave after some of the blocks, with a linear head at each exit; the model's weights stay as they are.
 
     The plainest exits there are, and the cheapest: what other heads have to beat. No image takes an exit before
@@ -41,4 +41,4 @@ class LinearExits(TrainedExits):
     paper: ClassVar[str] = "Teerapittayanon et al., BranchyNet, 2016, arXiv 1709.01686"
 
     def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:
-        return [LinearHead(each, classes, readout(vit)) for each in channels]
+        return [LinearHead(each, classes, readout(vit, n)) for n, each in zip(after, channels, strict=True)]

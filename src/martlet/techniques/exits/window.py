@@ -36,10 +36,11 @@ class Window(Technique):
     Shape: none changes.
     Needs: images, without labels. A model with exits or a cascade.
     Cost: one inference an image; nothing at run time.
-    Paper: Xia and Bouganis, Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023, arXiv 2303.08010,
-        section 3.2.
-    Differs: the window reaches as many images below the border as above, and where one side has fewer, the other gets
-        the rest; the paper gives both ends as percentiles.
+    Paper: Xia and Bouganis, Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023, arXiv 2303.08010.
+    Differs: known from the authors' code, where the window's ends are the quantiles a tenth below and above that of the
+        border, cut at 0 and 1; so near either end their window is narrower, and here the other side gets the rest. They
+        look for the border by coverage, by risk or by true positives; here it is by coverage. Their cascades have two
+        models; of more, each exit here has a window of its own, found on all images.
     Raises: RecipeError for a model without exits, too few images, or a setting out of range.
     """
 

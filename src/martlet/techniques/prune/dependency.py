@@ -51,7 +51,7 @@ class Dependency(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "cut channels of any network, with all that hangs on them"
     paper: ClassVar[str] = "Fang et al., DepGraph: Towards Any Structural Pruning, 2023, arXiv 2301.12900"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.ONE_EXIT})
     needs_images: ClassVar[bool] = True
 
     prune_ratio: float = 0.2

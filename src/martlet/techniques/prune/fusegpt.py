@@ -52,7 +52,7 @@ class FuseGPT(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "take out the blocks that matter least, and fuse them into their neighbors"
     paper: ClassVar[str] = "Pei et al., FuseGPT: Learnable Layers Fusion, 2024, arXiv 2411.14507"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.ONE_EXIT})
     needs_images: ClassVar[bool] = True
 
     blocks: int = 1

@@ -57,7 +57,7 @@ class PathEnsemble(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "leave out the attentions and MLPs that matter least, and weigh the others"
     paper: ClassVar[str] = "Chang et al., ViT from the View of Path Ensemble, 2023, arXiv 2308.06548"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
     needs_images: ClassVar[bool] = True
 

@@ -44,7 +44,7 @@ class MiniViT(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "weights of one block for several, with norms and mixtures of heads of their own"
     paper: ClassVar[str] = "Zhang et al., MiniViT: Weight Multiplexing, 2022, arXiv 2204.07154"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS, Fact.WHOLE_LINEARS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS, Fact.WHOLE_LINEARS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.WHOLE_LINEARS})
 
     share: int = 2

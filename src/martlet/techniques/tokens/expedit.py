@@ -67,7 +67,7 @@ class Expedit(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "cluster neighbouring tokens, and rebuild all of them at the end"
     paper: ClassVar[str] = "Liang et al., Expediting Large-Scale Vision Transformer, 2022, arXiv 2210.01035"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
 
     clusters: Any = None

@@ -43,7 +43,7 @@ class Resolution(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "run on smaller images"
     paper: ClassVar[str] = "Touvron et al., Fixing the train-test resolution discrepancy, 2019, arXiv 1906.06423"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.MODULE, Fact.ALL_TOKENS, Fact.ONE_EXIT})
 
     size: int = 0
     ratio: float = 0.14

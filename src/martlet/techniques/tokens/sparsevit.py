@@ -57,7 +57,7 @@ class SparseViT(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "compute the windows of a Swin in which most happens"
     paper: ClassVar[str] = "Chen et al., SparseViT: Revisiting Activation Sparsity, 2023, arXiv 2303.17605"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
 
     ratio: Any = None

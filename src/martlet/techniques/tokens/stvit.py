@@ -50,7 +50,7 @@ class STViT(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "a few semantic tokens go through the later blocks for all patches"
     paper: ClassVar[str] = "Chang et al., A Token Sparsification View (STViT), 2023, arXiv 2303.08685"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ALL_TOKENS})
 
     tokens: Any = None
