@@ -1,6 +1,6 @@
 """Can a network be judged before it is trained, or by short trainings of others? Small networks and CIFAR-10.
 
-    python benchmarks/scaling.py topologies factors   # an hour of one core: 48 short trainings, each kept as a row
+    python benchmarks/scaling.py topologies factors   # an hour of one core: 40 short trainings, each kept as a row
     python benchmarks/scaling.py proxies seed grow    # minutes: measures without training, As-ViT's search and scaling
     python benchmarks/scaling.py findings             # seconds: rank correlations of what is there
 
@@ -50,20 +50,21 @@ from train import top1
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-COUNT, NUM_TEST = 24, 4000
+COUNT, NUM_TEST = 20, 4000
 """Networks of each part, and images they are tested on."""
 WIDTH, DEPTHS = 32, (1, 1, 1)
 """Of all topologies."""
 GRID = {
     "resolution": (32, 40, 48),
     "width": (0.25, 0.375, 0.5),
-    "convolutions": (1.0, 2.0),
+    "convolutions": (0.5, 1.0),
     "transformers": (0.25, 0.5, 1.0),
 }
 """Global factors that are drawn from."""
-POINTS, REPEATS, NTK_IMAGES = 10, 5, 16
-"""Of the curve; networks that a measure is the mean of; images of the kernel: the official code's."""
-SPLITS, HELD = 100, 8
+POINTS, REPEATS, NTK_IMAGES = 10, 3, 16
+"""Of the curve; networks that a measure is the mean of; images of the kernel: the official
+code's, which takes the mean of five."""
+SPLITS, HELD = 30, 8
 """How often a process is fitted to other rows, and to how many it isn't, which it ranks."""
 THIN = 4
 """Times narrower than what they stand for are the networks that are measured while one grows."""
@@ -83,7 +84,7 @@ class Schedule:
     batch: int = 64
 
 
-SCHEDULES = {"topologies": Schedule(10_000, 3.0, 1e-3), "factors": Schedule(5000, 3.0, 2e-3)}
+SCHEDULES = {"topologies": Schedule(10_000, 3.0, 1e-3), "factors": Schedule(3000, 2.5, 2e-3)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

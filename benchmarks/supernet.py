@@ -54,8 +54,8 @@ BITS = (4, 8)
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 LEAST = 0.5
 """Of a row's range, the least that its grid covers."""
-NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 12_000, 500, 32, 4000
-EVALUATIONS, SEEDS = 96, (0, 1)
+NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 10_000, 500, 32, 4000
+EVALUATIONS, SEEDS = 64, (0, 1)
 """Of each search, and how often each is done."""
 WORST = (60.0, 600_000.0)
 """Per cent of errors and bytes up to which volumes count."""
@@ -106,7 +106,7 @@ def train(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
     source, start = ordered_(small(options.assets)), time.process_time()
     training = examples(options.assets, source, "train", NUM_TRAIN)
-    technique = Elastic(epochs=2.0, rate=5e-4, batch=64)
+    technique = Elastic(epochs=1.0, rate=5e-4, batch=64)
     context = Context(training=training, progress=progress, kept=Kept.beside(options.weights))
     done = pipeline.run(source, Recipe((technique,)), context)
     options.weights.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def rounded_(module: nn.Module, its: Mapping[str, int], calibration: Tensor) -> 
     for handle in handles:
         handle.remove()
     for name, layer in found.items():
-        rows = round_to_nearest(layer.weight.flatten(1), IntegerGrid(its.get(name, 8), least=LEAST)).rounded
+        rows = round_to_nearest(layer.weight.flatten(1), IntegerGrid(its.get(name, 8), least=LEAST)).weight
         layer.weight.copy_(rows.view_as(layer.weight))
         grid = affine_parameters(*ranges[name], torch.uint8, symmetric=False)
         layer.register_forward_pre_hook(lambda _m, inputs, grid=grid: (dequantize(quantize(inputs[0], *grid), *grid),))
@@ -252,13 +252,15 @@ def searches(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """All that isn't known yet, by name: together and in turn by each seed, and one by chance."""
     bench = Bench.open(options)
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "chance": partial(explore, together, bench, EVALUATIONS, "random", 0, progress)
+    }
     for seed in SEEDS:
-        if f"together {seed}" not in known:
-            yield f"together {seed}", explore(together, bench, EVALUATIONS, "linas", seed, progress)
-        if f"in turn {seed}" not in known:
-            yield f"in turn {seed}", one_after_the_other(bench, seed, progress)
-    if "chance" not in known:
-        yield "chance", explore(together, bench, EVALUATIONS, "random", 0, progress)
+        runs[f"together {seed}"] = partial(explore, together, bench, EVALUATIONS, "linas", seed, progress)
+        runs[f"in turn {seed}"] = partial(one_after_the_other, bench, seed, progress)
+    for name, run in runs.items():
+        if name not in known:
+            yield name, run()
 
 
 def one_after_the_other(bench: Bench, seed: int, progress: Progress) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ def test_rank_correlations() -> None:
 
 
 def test_held_out_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "SPLITS", 3)
+    monkeypatch.setattr(scaling, "SPLITS", 2)
     known = rows(20)
     found = scaling.held_out(known[:14])
     assert found["spearman"]["gaussian_process"]["median"] > 0.8

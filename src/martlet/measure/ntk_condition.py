@@ -14,7 +14,8 @@ def ntk_condition(make: Callable[[int], nn.Module], images: Tensor, *, repeats: 
     Θ(x, y) = ∂f(x)/∂w · ∂f(y)/∂w over all weights w of more than one dimension, where f is the sum of the features;
     the largest eigenvalue of Θ over the smallest. Small is good: what tells images apart is learned evenly.
 
-    make: a network with weights drawn by this seed, from images (B, 3, H, W) to features. images: (B, 3, H, W).
+    make: a network with weights drawn by this seed, from images (B, 3, H, W) to features. They come from before a last
+    norm, after which their sum is constant. images: (B, 3, H, W).
 
     Returns infinity where two images can't be told apart.
 

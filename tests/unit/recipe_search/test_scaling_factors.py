@@ -113,13 +113,15 @@ def macs(point: Any) -> int:
         return macs_run(mobilevitv2(factors).eval(), (factors.resolution,) * 2)
 
 
-@pytest.mark.parametrize("target_mmacs", [900, *(pytest.param(n, marks=pytest.mark.slow) for n in (1400, 600, 350))])
+@pytest.mark.parametrize(
+    "target_mmacs", [1750, *(pytest.param(n, marks=pytest.mark.slow) for n in (1200, 900, 600, 350))]
+)
 def test_mobilevitv2s_of_requested_macs_are_within_three_per_cent(target_mmacs: int) -> None:
     def score(point: Any) -> float:
         return point["resolution"] / 256 + point["width"] + 0.1 * (point["convolutions"] + point["transformers"])
 
     start = asdict(Factors())
-    way = shrink(start, macs, 1e6 * target_mmacs, score, lambda p: [asdict(f) for f in Factors(**p).smaller(0.15)])  # type: ignore[arg-type]
+    way = shrink(start, macs, 1e6 * target_mmacs, score, lambda p: [asdict(f) for f in Factors(**p).smaller()])  # type: ignore[arg-type]
     assert macs(way[-1]) == pytest.approx(1e6 * target_mmacs, rel=0.03)
     with torch.inference_mode():
         its = Factors(**way[-1])  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_stopped_anywhere_it_draws_what_it_would_have(strategy: str, tmp_path: P
     for stop in (1, 3, BATCH, 2, 5, BATCH):
         one = study(path, strategy)
         if stop == 2:  # stopped among draws
-            one.study.sampler = one.sampler(one.seed + len(one.study.get_trials()))
+            one.study.sampler = one._sampler(len(one.study.get_trials()), frozenset())
             if len(one.study.get_trials()) % BATCH == 0 and one.study.get_trials()[-1].state.is_finished():
                 one.recipes.draw(one.study.ask())
             continue
@@ -146,14 +146,14 @@ def test_neighbours_are_one_step_away() -> None:
 
 
 def choices(n: int, seed: int) -> list[dict[str, Any]]:
-    """Bits of six layers, and of a seventh that only some have."""
+    """Bits of eight layers, and a choice that only some have."""
     rng = np.random.default_rng(seed)
-    rows = [{f"bits{i}": int(rng.choice((4, 6, 8))) for i in range(6)} for _ in range(n)]
+    rows = [{f"bits{i}": int(rng.choice((4, 6, 8))) for i in range(8)} for _ in range(n)]
     return [row | ({"more": "yes"} if rng.random() < 0.5 else {}) for row in rows]
 
 
 def cost(choice: dict[str, Any]) -> float:
-    return 10.0 ** sum((8 - choice[f"bits{i}"]) * (i + 1) / 20 for i in range(6)) * (3 if "more" in choice else 1)
+    return 10.0 ** sum((8 - choice[f"bits{i}"]) * (i + 1) ** 1.3 / 30 for i in range(8)) * (3 if "more" in choice else 1)
 
 
 def ridge(known: list[dict[str, Any]], values: list[float], wanted: list[dict[str, Any]], alpha: float) -> np.ndarray:
@@ -190,14 +190,15 @@ def test_predictors_are_ridge_or_support_vectors_on_ranks_and_rank_what_they_hav
 
 
 def test_linas_draws_nothing_twice_and_beats_chance_once_it_predicts(tmp_path: Path) -> None:
-    batches = STARTUP // BATCH + 2
+    chance = -(-STARTUP // BATCH)
+    batches = chance + 1
     one = study(tmp_path / "s.db", "linas")
     for _ in range(batches):
         for number, recipe in one.batch():
             one.tell(number, recipe.values)  # type: ignore[union-attr]
     drawn = [tuple(sorted(trial.params.items())) for trial in one.study.get_trials()]
-    assert len(set(drawn[STARTUP:])) == len(drawn) - STARTUP
-    assert not set(drawn[STARTUP:]) & set(drawn[:STARTUP])
+    assert len(set(drawn[chance * BATCH :])) == BATCH
+    assert not set(drawn[chance * BATCH :]) & set(drawn[: chance * BATCH])
     rows = np.array([trial.values for trial in one.study.get_trials()])
     by_chance = told(tmp_path / "r.db", "random", batches)
     assert volume(rows) > volume(by_chance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,11 @@ class Surrogate:
         if len(points) < 3:
             raise UsageError(f"a Gaussian process takes three trainings or more, not {len(points)}; train more sizes")
         self.names = [name for name in points[0] if len({point[name] for point in points}) > 1]
-        self._process = _process(len(self.names), seed).fit(self._rows(points), np.asarray(scores, dtype=np.float64))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a length at its bound says of a factor that it doesn't matter
+            self._process = _process(len(self.names), seed).fit(
+                self._rows(points), np.asarray(scores, dtype=np.float64)
+            )
 
     def __call__(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
         """The expected score of each and its standard deviation, both (n)."""
