@@ -1,11 +1,11 @@
 """Can a network be judged before it is trained, or by short trainings of others? Small networks and CIFAR-10.
 
-    python benchmarks/scaling.py topologies factors   # an hour of one core: 40 short trainings, each kept as a row
+    python benchmarks/scaling.py networks             # minutes of one core: 32 short trainings, each kept as a row
     python benchmarks/scaling.py proxies seed grow    # minutes: measures without training, As-ViT's search and scaling
-    python benchmarks/scaling.py findings             # seconds: rank correlations of what is there
+    python benchmarks/scaling.py findings             # a minute: rank correlations of what is there
 
-`topologies`: ViTs in stages drawn from As-ViT's space, all as wide and as deep; `factors`: MobileViTv2s of other
-resolutions, widths and depths. All see as many images in the same schedule. Writes one JSON file, row after row
+Networks are ViTs in stages drawn from As-ViT's space, with widths and depths drawn too; of the first 20 all images have
+32 pixels a side, of the others fewer. All see the same images as often. Writes one JSON file, row after row
 (results/scaling.json); what is there already isn't done again.
 """
 
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -50,17 +49,14 @@ from train import top1
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-COUNT, NUM_TEST = 20, 4000
-"""Networks of each part, and images they are tested on."""
-WIDTH, DEPTHS = 32, (1, 1, 1)
-"""Of all topologies."""
-GRID = {
-    "resolution": (32, 40, 48),
-    "width": (0.25, 0.375, 0.5),
-    "convolutions": (0.5, 1.0),
-    "transformers": (0.25, 0.5, 1.0),
-}
-"""Global factors that are drawn from."""
+LARGE, SMALL = 20, 12
+"""Networks of images of 32 pixels, which untrained measures are compared on, and of fewer."""
+WIDTHS, DEPTHS, SIDES = (8, 16, 24, 32), (1, 2, 3), (16, 20, 24)
+"""Channels of the first stage, blocks of each stage, and sides that are drawn from."""
+NUM_TRAIN, EPOCHS, BATCH, RATE = 5000, 4.0, 128, 1.5e-3
+NUM_TEST = 4000
+WIDTH = 32
+"""Of topologies that are searched without training, one block deep in each stage."""
 POINTS, REPEATS, NTK_IMAGES = 10, 3, 16
 """Of the curve; networks that a measure is the mean of; images of the kernel: the official
 code's, which takes the mean of five."""
@@ -71,20 +67,8 @@ THIN = 4
 MOST_MACS = 60e6
 """Where growing ends."""
 TOLERANCE = 0.03
+START = Size((1,) * scaling_nets.STAGES, WIDTH)
 PACKAGES = ("torch", "timm", "numpy", "scipy", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How all networks of a part are trained: so many images, so often."""
-
-    images: int
-    epochs: float
-    rate: float
-    batch: int = 64
-
-
-SCHEDULES = {"topologies": Schedule(10_000, 3.0, 1e-3), "factors": Schedule(3000, 2.5, 2e-3)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,10 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     document |= {
         "benchmark": "scaling",
         "settings": {
-            "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
+            "train_images": NUM_TRAIN,
+            "epochs": EPOCHS,
+            "batch": BATCH,
+            "rate": RATE,
             "test_images": NUM_TEST,
-            "width": WIDTH,
-            "depths": list(DEPTHS),
         },
     }
     try:
@@ -121,40 +106,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 Found = Iterator[dict[str, Any]]
 
 
-def train_topologies(document: dict[str, Any], assets: Path, progress: Progress) -> Found:
-    """Rows of trained ViTs of drawn topologies."""
-    rows = document.get("topologies", [])
-    for choices in [*scaling_nets.draw(COUNT, seed=0)][len(rows) :]:
-        module = scaling_nets.staged(choices, WIDTH, DEPTHS, seed=0, num_classes=CLASSES)
-        rows = [*rows, {"choices": choices, **trained("topologies", module, scaling_nets.SIDE, assets, progress)}]
-        note(f"{choices}: {rows[-1]['top1_pct']:.1f} % in {rows[-1]['cpu_seconds']:.0f} s")
-        yield {"topologies": rows}
+def train_networks(document: dict[str, Any], assets: Path, progress: Progress) -> Found:
+    """Rows of trained networks."""
+    rows = document.get("networks", [])
+    for drawn in [*networks(seed=0)][len(rows) :]:
+        module = scaling_nets.staged(drawn["choices"], drawn["width"], drawn["depths"], seed=0, num_classes=CLASSES)
+        rows = [*rows, {**drawn, **trained(module, drawn["side"], assets, progress)}]
+        note(f"{len(rows)}: {rows[-1]['top1_pct']:.1f} % in {rows[-1]['cpu_seconds']:.0f} s")
+        yield {"networks": rows}
 
 
-def train_factors(document: dict[str, Any], assets: Path, progress: Progress) -> Found:
-    """Rows of trained MobileViTv2s of drawn global factors."""
-    import torch
+def networks(seed: int) -> Iterator[dict[str, Any]]:
+    """Drawn topologies, widths, depths and sides."""
+    rng = np.random.default_rng(seed)
+    for i, choices in enumerate(scaling_nets.draw(LARGE + SMALL, seed)):
+        yield {
+            "choices": choices,
+            "width": int(rng.choice(WIDTHS)),
+            "depths": [int(rng.choice(DEPTHS)) for _ in range(scaling_nets.STAGES)],
+            "side": scaling_nets.SIDE if i < LARGE else int(rng.choice(SIDES)),
+        }
 
-    rows = document.get("factors", [])
-    for point in [*drawn_factors(COUNT, seed=0)][len(rows) :]:
-        factors = Factors(**point)
-        torch.manual_seed(0)
-        module = mobilevitv2(factors, num_classes=CLASSES)
-        rows = [*rows, {"factors": point, **trained("factors", module, factors.resolution, assets, progress)}]
-        note(f"{point}: {rows[-1]['top1_pct']:.1f} % in {rows[-1]['cpu_seconds']:.0f} s")
-        yield {"factors": rows}
+
+def factors_of(row: dict[str, Any]) -> dict[str, float]:
+    """Global factors: the side, the first stage's channels, and blocks in all."""
+    return {"resolution": row["side"], "width": row["width"], "depth": sum(row["depths"])}
 
 
 def measure_proxies(document: dict[str, Any], assets: Path, progress: Progress) -> Found:
-    """Measures, without training, of the topologies that were trained."""
-    rows = document.get("topologies", [])
-    for i, row in enumerate(rows):
-        progress("measure", i, len(rows))
+    """Measures, without training, of the large ones that were trained."""
+    rows = document.get("networks", [])
+    for i, row in enumerate(rows[:LARGE]):
+        progress("measure", i, LARGE)
         if "length_distortion" not in row:
             start = time.process_time()
-            row |= measures(row["choices"], Size(DEPTHS, WIDTH), assets)
-            row["measure_cpu_seconds"] = time.process_time() - start
-            yield {"topologies": rows}
+            row |= measures(row["choices"], Size(tuple(row["depths"]), row["width"]), assets)
+            row["measure_cpu_seconds"] = round(time.process_time() - start, 2)
+            yield {"networks": rows}
 
 
 def find_seed(document: dict[str, Any], assets: Path, progress: Progress, steps: int = 500) -> Found:
@@ -166,7 +154,7 @@ def find_seed(document: dict[str, Any], assets: Path, progress: Progress, steps:
     def judge(choices: dict[str, int]) -> dict[str, float]:
         key = json.dumps(choices)
         if key not in known:
-            known[key] = measures(choices, Size(DEPTHS, WIDTH), assets)
+            known[key] = measures(choices, START, assets)
         return better(known[key])
 
     best: dict[str, int] = {}
@@ -193,7 +181,7 @@ def grow_seed(document: dict[str, Any], assets: Path, progress: Progress) -> Fou
     def fits(size: Size) -> bool:
         return macs(choices, whole(size)) <= MOST_MACS
 
-    for size, its in grow(Size(DEPTHS, WIDTH // THIN), judge, fits):
+    for size, its in grow(Size(START.depths, WIDTH // THIN), judge, fits):
         way.append({**asdict(whole(size)), **its, "macs": macs(choices, whole(size))})
         progress("grow", round(way[-1]["macs"] / 1e6), round(MOST_MACS / 1e6))
     seconds = time.process_time() - start
@@ -204,22 +192,23 @@ def grow_seed(document: dict[str, Any], assets: Path, progress: Progress) -> Fou
 def tell(document: dict[str, Any], assets: Path, progress: Progress) -> Found:
     """Rank correlations of measures with accuracy, and how a Gaussian process ranks what it didn't see."""
     found: dict[str, Any] = {}
-    if rows := [row for row in document.get("topologies", []) if "length_distortion" in row]:
-        found["kendall_tau"] = correlations(rows)
-    if len(rows := document.get("factors", [])) > HELD + 2:
-        found["gaussian_process"] = held_out(rows) | {"smaller": emitted(rows)}
+    rows = document.get("networks", [])
+    if measured := [row for row in rows if "length_distortion" in row]:
+        found["kendall_tau"] = correlations(measured)
+    if len(rows) > HELD + 2:
+        found["gaussian_process"] = held_out(rows) | {"mobilevitv2": emitted(rows)}
     for name, values in found.items():
         note(f"{name}: {json.dumps(values)}")
     yield {"findings": found}
 
 
-def trained(part: str, module: nn.Module, side: int, assets: Path, progress: Progress) -> dict[str, Any]:
-    """What a network reaches by the part's schedule."""
-    schedule, start, cpu = SCHEDULES[part], time.perf_counter(), time.process_time()
+def trained(module: nn.Module, side: int, assets: Path, progress: Progress) -> dict[str, Any]:
+    """What a network reaches."""
+    start, cpu = time.perf_counter(), time.process_time()
     preprocess = Preprocess(size=(side, side), resize=side, mean=MEAN, std=STD)
-    model = Model(name=part, module=module, preprocess=preprocess, num_classes=CLASSES, origin={})
-    training, test = (examples.at(preprocess) for examples in read(assets, schedule.images))
-    technique = Finetune(epochs=schedule.epochs, rate=schedule.rate, batch=schedule.batch, warmup=0.1)
+    model = Model(name="network", module=module, preprocess=preprocess, num_classes=CLASSES, origin={})
+    training, test = (examples.at(preprocess) for examples in read(assets))
+    technique = Finetune(epochs=EPOCHS, rate=RATE, batch=BATCH, warmup=0.1)
     done = pipeline.run(model, Recipe((technique,)), Context(training=training, progress=progress))
     return {
         "params": sum(parameter.numel() for parameter in module.parameters()),
@@ -232,12 +221,13 @@ def trained(part: str, module: nn.Module, side: int, assets: Path, progress: Pro
 
 
 @cache
-def read(assets: Path, images: int) -> tuple[Examples, Examples]:
+def read(assets: Path) -> tuple[Examples, Examples]:
     """To train on, and to test on."""
     preprocess = Preprocess(size=(32, 32), resize=32, mean=MEAN, std=STD)
     folder = assets / "data" / "cifar10"
     pools = (
-        open_images(folder / f"{name}.parquet", limit=n, seed=0) for name, n in (("train", images), ("test", NUM_TEST))
+        open_images(folder / f"{name}.parquet", limit=n, seed=0)
+        for name, n in (("train", NUM_TRAIN), ("test", NUM_TEST))
     )
     training, test = (Examples.read(pool, preprocess, CLASSES) for pool in pools)
     return training, test
@@ -246,7 +236,7 @@ def read(assets: Path, images: int) -> tuple[Examples, Examples]:
 @cache
 def few(assets: Path) -> Tensor:
     """Images that the tangent kernel is of."""
-    training, _ = read(assets, SCHEDULES["topologies"].images)
+    training, _ = read(assets)
     return training.normalize(training.pixels[:NTK_IMAGES])
 
 
@@ -284,7 +274,7 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     columns["both"] = sum(rankdata(values) for values in columns.values())
     columns |= {name: np.array([row[name] for row in rows], dtype=float) for name in ("params", "macs")}
     rng = np.random.default_rng(0)
-    draws = [rng.integers(len(rows), size=len(rows)) for _ in range(1000)]
+    draws = [rng.integers(len(rows), size=len(rows)) for _ in range(300)]
     found = {
         name: {
             "tau": tau(values, accuracy),
@@ -305,7 +295,7 @@ def held_out(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Spearman's correlation of predicted and reached top-1 on rows that a process wasn't fitted to."""
     from scipy.stats import spearmanr
 
-    points, scores = [row["factors"] for row in rows], np.array([row["top1_pct"] for row in rows])
+    points, scores = [factors_of(row) for row in rows], np.array([row["top1_pct"] for row in rows])
     rng, found = np.random.default_rng(0), {"gaussian_process": list[float](), "macs": list[float]()}
     work = np.array([row["macs"] for row in rows], dtype=float)
     for _ in range(SPLITS):
@@ -332,12 +322,25 @@ def held_out(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def emitted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """MobileViTv2s of fewer and fewer MACs, derived from the largest that is drawn, by what the process expects."""
-    surrogate = gaussian.Surrogate([row["factors"] for row in rows], [row["top1_pct"] for row in rows])
-    start = asdict(Factors(**{name: max(values) for name, values in GRID.items()}))  # type: ignore[arg-type]
-    work, score = _macs_of(), surrogate.score
-    found, most = [], work(start)
-    for share in (0.75, 0.5, 0.35, 0.25):
+    """MobileViTv2s of fewer and fewer MACs, derived from `mobilevitv2_100` by what the process expects of such factors.
+
+    As shares of the largest that was trained, factors of one family are taken for those of the other.
+    """
+    surrogate = gaussian.Surrogate([factors_of(row) for row in rows], [row["top1_pct"] for row in rows])
+    start, work = asdict(Factors()), _macs_of()
+    most, found = work(start), []
+
+    def score(point: gaussian.Point) -> float:
+        depth = (point["convolutions"] + point["transformers"]) / 2
+        return surrogate.score(
+            {
+                "resolution": scaling_nets.SIDE * point["resolution"] / start["resolution"],
+                "width": max(WIDTHS) * point["width"],
+                "depth": scaling_nets.STAGES * max(DEPTHS) * depth,
+            }
+        )
+
+    for share in (0.75, 0.5, 0.25):
         way = gaussian.shrink(start, work, most * share, score, _smaller, TOLERANCE)
         its = work(way[-1])
         found.append(
@@ -347,7 +350,6 @@ def emitted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "missed_pct": 100 * (its / (most * share) - 1),
                 "factors": dict(way[-1]),
                 "steps": len(way) - 1,
-                "expected_top1_pct": score(way[-1]),
             }
         )
     return found
@@ -363,22 +365,13 @@ def _macs_of() -> Callable[[gaussian.Point], int]:
     @cache
     def of(factors: Factors) -> int:
         with torch.device("meta"):
-            return macs_run(mobilevitv2(factors, num_classes=CLASSES).eval(), (factors.resolution,) * 2)
+            return macs_run(mobilevitv2(factors).eval(), (factors.resolution,) * 2)
 
     return lambda point: of(Factors(**point))  # type: ignore[arg-type]
 
 
-def drawn_factors(n: int, seed: int) -> Iterator[dict[str, Any]]:
-    """n different points of GRID, by chance."""
-    rng, total = np.random.default_rng(seed), math.prod(map(len, GRID.values()))
-    for i in rng.permutation(total)[:n]:
-        places = np.unravel_index(int(i), [len(values) for values in GRID.values()])
-        yield {name: values[int(p)] for (name, values), p in zip(GRID.items(), places, strict=True)}
-
-
 PARTS = {
-    "topologies": train_topologies,
-    "factors": train_factors,
+    "networks": train_networks,
     "proxies": measure_proxies,
     "seed": find_seed,
     "grow": grow_seed,

@@ -6,6 +6,7 @@ into how many windows a side is split, and how much wider the MLP is inside; and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -121,7 +122,7 @@ class Merge(nn.Module):
 class Block(nn.Module):
     """Attention inside of windows, and an MLP. (B, H, W, C) -> (B, H, W, C).
 
-    splits: how many windows there are along a side, if there are so many tokens.
+    splits: how many windows there are along a side; of as many as can be of one size.
     """
 
     def __init__(self, dim: int, heads: int, splits: int, expansion: int) -> None:
@@ -134,7 +135,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, _ = x.shape
-        s = self.splits
+        s = math.gcd(self.splits, h)
         y = self.qkv(self.norm1(x)).reshape(b, s, h // s, s, w // s, 3, self.heads, -1)
         q, k, v = y.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)  # each (B s s, heads, N, D)
         y = functional.scaled_dot_product_attention(q, k, v).unflatten(0, (b, s, s)).unflatten(-2, (h // s, w // s))

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from martlet.models.compound import Factors
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 nets = pytest.importorskip("scaling_nets")
 scaling = pytest.importorskip("scaling")
@@ -65,20 +63,25 @@ def test_tokens_are_made_of_squares_that_overlap(kernel: int) -> None:
             torch.testing.assert_close(merge(x)[:, i, j], merge.linear(merge.norm(square)))
 
 
-def test_drawn_factors_are_different_points_of_the_grid() -> None:
-    drawn = list(scaling.drawn_factors(24, seed=0))
-    assert len({tuple(point.values()) for point in drawn}) == 24
-    assert all(point[name] in values for point in drawn for name, values in scaling.GRID.items())
-    assert all(Factors(**point) for point in drawn)
+def test_networks_are_drawn_alike_and_the_first_ones_are_large() -> None:
+    drawn = list(scaling.networks(seed=0))
+    assert drawn == list(scaling.networks(seed=0))
+    assert [its["side"] == 32 for its in drawn] == [True] * scaling.LARGE + [False] * scaling.SMALL
+    assert {its["width"] for its in drawn} == {*scaling.WIDTHS}
+    assert all(set(its["depths"]) <= {*scaling.DEPTHS} and len(its["depths"]) == 3 for its in drawn)
+    assert scaling.factors_of(drawn[0] | {"depths": [1, 2, 3]})["depth"] == 6
+    small = drawn[-1]
+    module = nets.staged(small["choices"], small["width"], small["depths"], 0)
+    assert module(torch.ones(1, 3, small["side"], small["side"])).shape == (1, 10)
 
 
 def rows(n: int) -> list[dict[str, Any]]:
     """Stretches that tell the accuracy but for chance, and conditions that tell nothing."""
     rng, found = np.random.default_rng(0), []
-    for point in scaling.drawn_factors(n, seed=1):
-        top1 = 30 + 10 * np.log2(point["width"] * 4) + 5 * np.log2(point["resolution"] / 32) + rng.normal(0, 0.3)
-        its = {"length_distortion": float(np.exp(top1 / 10)), "ntk_condition": float(rng.uniform(1, 100))}
-        found.append({"factors": point, "top1_pct": float(top1), "params": 1, "macs": int(rng.integers(1, 99)), **its})
+    for its in list(scaling.networks(seed=1))[-n:]:
+        top1 = 30 + 5 * np.log2(its["width"]) + 5 * np.log2(its["side"] / 32) + rng.normal(0, 0.3)
+        its |= {"length_distortion": float(np.exp(top1 / 10)), "ntk_condition": float(rng.uniform(1, 100))}
+        found.append({**its, "top1_pct": float(top1), "params": 1, "macs": int(rng.integers(1, 99))})
     return found
 
 
@@ -93,8 +96,7 @@ def test_rank_correlations() -> None:
 
 def test_held_out_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "SPLITS", 2)
-    known = rows(20)
-    found = scaling.held_out(known[:14])
+    found = scaling.held_out(rows(14))
     assert found["spearman"]["gaussian_process"]["median"] > 0.8
     assert found["spearman_one_left_out"] > 0.8
     assert (found["fitted"], found["held_out"]) == (6, 8)
@@ -102,21 +104,22 @@ def test_held_out_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_that_is_there_isnt_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[str] = []
+    trained: list[int] = []
 
-    def train(part: str, *_: Any) -> dict[str, Any]:
-        trained.append(part)
+    def train(module: torch.nn.Module, side: int, *_: Any) -> dict[str, Any]:
+        trained.append(side)
         if len(trained) == 3:
             raise KeyboardInterrupt
         return {"top1_pct": 1.0 * len(trained), "cpu_seconds": 1.0, "params": 1, "macs": 1}
 
     monkeypatch.setattr(scaling, "trained", train)
-    monkeypatch.setattr(scaling, "COUNT", 4)
+    monkeypatch.setattr(scaling, "LARGE", 3)
+    monkeypatch.setattr(scaling, "SMALL", 1)
     out = tmp_path / "scaling.json"
     with pytest.raises(KeyboardInterrupt):
-        scaling.main(["topologies", "--out", str(out)])
-    assert len(json.loads(out.read_text())["topologies"]) == 2
-    assert scaling.main(["topologies", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())["topologies"]
+        scaling.main(["networks", "--out", str(out)])
+    assert len(json.loads(out.read_text())["networks"]) == 2
+    assert scaling.main(["networks", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["networks"]
     assert [row["top1_pct"] for row in found] == [1.0, 2.0, 4.0, 5.0]
     assert [row["choices"] for row in found] == list(nets.draw(4, seed=0))

@@ -102,7 +102,7 @@ def _process(dimensions: int, seed: int) -> GaussianProcessRegressor:
     kernels, gaussian = _sklearn()
     kernel = kernels.ConstantKernel() * kernels.Matern(np.ones(dimensions), LENGTHS, nu=2.5)
     kernel += kernels.WhiteKernel(0.1, NOISES)
-    return gaussian(kernel, normalize_y=True, n_restarts_optimizer=8, random_state=seed)
+    return gaussian(kernel, normalize_y=True, n_restarts_optimizer=4, random_state=seed)
 
 
 def _sklearn() -> tuple[Any, Any]:
