@@ -54,8 +54,8 @@ BITS = (4, 8)
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 LEAST = 0.5
 """Of a row's range, the least that its grid covers."""
-NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 10_000, 500, 32, 4000
-EVALUATIONS, SEEDS = 64, (0, 1)
+NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 5000, 400, 32, 2000
+EVALUATIONS, SEEDS = 48, (0, 1)
 """Of each search, and how often each is done."""
 WORST = (60.0, 600_000.0)
 """Per cent of errors and bytes up to which volumes count."""
