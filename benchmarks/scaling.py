@@ -58,8 +58,7 @@ NUM_TEST = 4000
 WIDTH = 32
 """Of topologies that are searched without training, one block deep in each stage."""
 POINTS, REPEATS, NTK_IMAGES = 10, 3, 16
-"""Of the curve; networks that a measure is the mean of; images of the kernel: the official
-code's, which takes the mean of five."""
+"""Of the curve; networks that a measure is the mean of; images of the kernel. The official code has five networks."""
 SPLITS, HELD = 30, 8
 """How often a process is fitted to other rows, and to how many it isn't, which it ranks."""
 THIN = 4

@@ -235,7 +235,7 @@ def explore(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """So many evaluations of what a strategy draws, in order."""
-    study, found = optuna.create_study(directions=["minimize"] * 2), []
+    study, found = optuna.create_study(directions=[optuna.study.StudyDirection.MINIMIZE] * 2), []
     for number in range(n):
         progress(f"search by {strategy}", number, n)
         study.sampler = strategies.get(strategy)(1000 * seed + number, draw)
@@ -316,9 +316,9 @@ def tell(document: Mapping[str, Any], options: argparse.Namespace, progress: Pro
     half = len(chance) // 2
     for column, name in ((0, "errors"), (1, "bytes")):
         values = points(chance)[:, column]
-        predictor = Predictor([its["choice"] for its in chance[:half]], values[:half])
+        predictor = Predictor([its["choice"] for its in chance[:half]], values[:half].tolist())
         predicted = predictor([its["choice"] for its in chance[half:]])
-        found[name] = float(spearmanr(predicted, values[half:])[0])
+        found[name] = float(spearmanr(predicted, values[half:]).statistic)
     best = np.concatenate([its for name, its in tested.items() if name.startswith("together")])
     beaten = [bool(((best <= row).all(1) & (best < row).any(1)).any()) for row in tested["int8"]]
     return {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import timm.models.efficientnet
 from timm.models.byobnet import ByoBlockCfg, ByobNet
@@ -189,7 +189,7 @@ def mobilevitv2(factors: Factors, **kwargs: Any) -> ByobNet:
         return replace(block, c=wide(block.c), block_kwargs=inside)
 
     blocks = tuple(tuple(map(scaled, stage)) if isinstance(stage, tuple) else scaled(stage) for stage in base.blocks)
-    return ByobNet(replace(base, blocks=blocks, stem_chs=wide(base.stem_chs)), **kwargs)
+    return ByobNet(replace(base, blocks=blocks, stem_chs=wide(cast(int, base.stem_chs))), **kwargs)
 
 
 def _depths(factors: Factors) -> dict[str, list[int]]:

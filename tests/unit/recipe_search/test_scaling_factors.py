@@ -59,6 +59,8 @@ def test_it_is_the_posterior_of_a_matern_kernel_and_ranks_what_it_hasnt_seen() -
     assert surrogate.score(wanted[0]) == pytest.approx(mean[0])
     with pytest.raises(UsageError, match="three trainings or more, not 2"):
         Surrogate(known[:2], scores[:2])
+    with pytest.raises(UsageError, match="these are all of one"):
+        Surrogate(known[:1] * 3, scores[:3])
 
 
 def smaller(point: Any) -> list[dict[str, float]]:

@@ -153,7 +153,9 @@ def choices(n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def cost(choice: dict[str, Any]) -> float:
-    return 10.0 ** sum((8 - choice[f"bits{i}"]) * (i + 1) ** 1.3 / 30 for i in range(8)) * (3 if "more" in choice else 1)
+    return 10.0 ** sum((8 - choice[f"bits{i}"]) * (i + 1) ** 1.3 / 30 for i in range(8)) * (
+        3 if "more" in choice else 1
+    )
 
 
 def ridge(known: list[dict[str, Any]], values: list[float], wanted: list[dict[str, Any]], alpha: float) -> np.ndarray:

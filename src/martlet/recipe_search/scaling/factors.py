@@ -20,6 +20,9 @@ Point = Mapping[str, float]
 LENGTHS, NOISES = (0.3, 30.0), (1e-4, 1.0)
 """Of the kernel: between which its length lies, in octaves of a factor, and the share of the scores that is chance."""
 
+STARTS = 4
+"""From which the likelihood is climbed, besides the kernel as it is."""
+
 
 class Surrogate:
     """Scores of sizes as a Gaussian process over the logarithms of their factors.
@@ -32,18 +35,16 @@ class Surrogate:
     at hand.
 
     Raises:
-        UsageError: scikit-learn isn't installed, or there are fewer than three points.
+        UsageError: scikit-learn isn't installed, there are fewer than three points, or no factor differs among them.
     """
 
     def __init__(self, points: Sequence[Point], scores: Sequence[float], seed: int = 0) -> None:
         if len(points) < 3:
             raise UsageError(f"a Gaussian process takes three trainings or more, not {len(points)}; train more sizes")
         self.names = [name for name in points[0] if len({point[name] for point in points}) > 1]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a length at its bound says of a factor that it doesn't matter
-            self._process = _process(len(self.names), seed).fit(
-                self._rows(points), np.asarray(scores, dtype=np.float64)
-            )
+        if not self.names:
+            raise UsageError("a Gaussian process takes trainings of different sizes; these are all of one")
+        self._process = _fitted(self._rows(points), np.asarray(scores, dtype=np.float64), seed)
 
     def __call__(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
         """The expected score of each and its standard deviation, both (n)."""
@@ -98,16 +99,16 @@ def shrink(
     return way
 
 
-def _process(dimensions: int, seed: int) -> GaussianProcessRegressor:
-    kernels, gaussian = _sklearn()
-    kernel = kernels.ConstantKernel() * kernels.Matern(np.ones(dimensions), LENGTHS, nu=2.5)
-    kernel += kernels.WhiteKernel(0.1, NOISES)
-    return gaussian(kernel, normalize_y=True, n_restarts_optimizer=4, random_state=seed)
-
-
-def _sklearn() -> tuple[Any, Any]:
+def _fitted(rows: np.ndarray, scores: np.ndarray, seed: int) -> GaussianProcessRegressor:
     try:
-        from sklearn.gaussian_process import GaussianProcessRegressor, kernels
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
     except ModuleNotFoundError:
-        raise UsageError("this needs scikit-learn: pip install 'martlet[search]'") from None
-    return kernels, GaussianProcessRegressor
+        raise UsageError("a Gaussian process needs scikit-learn: pip install 'martlet[search]'") from None
+    lengths: Any = np.ones(rows.shape[1])  # stubs know one length alone
+    kernel = ConstantKernel() * Matern(lengths, LENGTHS, nu=2.5) + WhiteKernel(0.1, NOISES)
+    process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=STARTS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound: this factor doesn't matter
+        return process.fit(rows, scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ def best(measured: Sequence[Measures]) -> int:
     """
     names = list(measured[0])
     columns = {name: np.array([measures[name] for measures in measured], dtype=np.float64) for name in names}
-    ranks = sum(np.unique(-values, return_inverse=True)[1] for values in columns.values())
+    ranks = np.sum([np.unique(-values, return_inverse=True)[1] for values in columns.values()], axis=0)
     tied = np.flatnonzero(ranks == ranks.min())
     span = {name: np.ptp(values) / max(np.abs(values).max(), 1e-300) for name, values in columns.items()}
     decisive = columns[max(names, key=lambda name: span[name])]
@@ -56,7 +56,7 @@ def grow(
     """
     size = start
     while options := [option for option in growths(size) if fits(option)]:
-        measured: list[Mapping[str, float]] = [judge(option) for option in options]
+        measured = [judge(option) for option in options]
         chosen = best(measured)
         size = options[chosen]
         yield size, measured[chosen]

@@ -12,7 +12,7 @@ import numpy as np
 from optuna import create_study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
 
@@ -81,7 +81,7 @@ class Linas(BaseSampler):
         known = [trial.params for trial in done]
         predictors = [Predictor(known, [trial.values[i] for trial in done], self._seed) for i in objectives]
         inner = create_study(
-            directions=["minimize"] * len(predictors),
+            directions=[StudyDirection.MINIMIZE] * len(predictors),
             sampler=NSGAIISampler(population_size=POPULATION, seed=self._seed),
         )
         for start in _front(done)[:POPULATION]:
