@@ -87,6 +87,9 @@ def test_each_step_costs_the_least_for_what_it_saves() -> None:
     assert {p["width"] for p in way} == {1.0}  # the side is cheaper
     narrow = shrink(start, work, 8e6, lambda p: p["resolution"], smaller)
     assert {p["resolution"] for p in narrow} == {64.0}
+    # A pixel costs 1 and saves 0.045 octaves, a narrower step costs 1.5 and saves 0.088.
+    thrifty = shrink(start, work, 8e6, lambda p: p["resolution"] - 1.5 * math.log(p["width"], 0.97), smaller)
+    assert {p["resolution"] for p in thrifty[:-1]} == {64.0}
 
 
 def test_what_cant_be_reached_is_said() -> None:
