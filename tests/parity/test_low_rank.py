@@ -14,7 +14,9 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Technique
 from martlet.functional.structure.low_rank import Factors, of_heads, of_outputs, of_weight
 from martlet.nn.low_rank import LowRankLinear
+from martlet.recipe_search.space import First
 from martlet.source import load_model
+from martlet.techniques.low_rank import afm
 from martlet.techniques.low_rank.afm import AFM
 from martlet.techniques.low_rank.comcat import COMCAT
 from martlet.techniques.low_rank.svd import SVD
@@ -152,6 +154,28 @@ def test_what_was_asked_goes_and_what_would_cost_more_stays() -> None:
     assert thin
     assert left <= 0.7 * linears
     assert all(m.rank * (m.in_features + m.out_features) < m.in_features * m.out_features for m in thin)
+
+
+def test_a_linear_that_gave_few_outputs_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six class tokens, five directions hold all there is, and the other logits would be constant."""
+    model, technique = build(TINY), AFM(ratio=0.3, multiple=2, count="params")
+    images, others = First(Smooth(), 6), list(First(Smooth(), 6, 6))
+
+    def lost(factorized: Model) -> float:
+        with torch.no_grad():
+            exact, found = (torch.cat([m.module(x) for x in others]) for m in (model, factorized))
+        return float((found - exact).norm() / exact.norm())
+
+    done = pipeline.run(model, Recipe((technique,)), Context(images=images))
+    assert done.steps[0].record["ranks"]
+    assert "head" in done.steps[0].record["left_whole"]
+    monkeypatch.setattr(afm, "SEEN", 0)
+    blind = pipeline.run(model, Recipe((technique,)), Context(images=images))
+    assert blind.steps[0].record["ranks"]["head"] == 6
+    assert lost(done) < lost(blind)
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match=r"^afm: 2 images are too few for the principal components"):
+        pipeline.run(model, Recipe((technique,)), Context(images=First(Smooth(), 2)))
 
 
 @pytest.mark.parametrize("technique", [SVD(ratio=0.99), AFM(ratio=0.99), COMCAT(ratio=0.99)], ids=lambda t: t.name)

@@ -37,7 +37,7 @@ def search(
         str | None, Option(metavar="RECIPE", help="Search its settings alone, not all techniques.", show_default=False)
     ] = None,
     engine: Annotated[str, Option(metavar="ENGINE", help="openvino or onnxruntime.")] = "openvino",
-    strategy: Annotated[str, Option(metavar="NAME", help="tpe, nsga2, greedy, constrained or random.")] = "tpe",
+    strategy: Annotated[str, Option(metavar="NAME", help="tpe, nsga2, linas, greedy, constrained or random.")] = "tpe",
     num_images: Annotated[int, Option(min=1, metavar="N", help="How many of --images to search on.")] = 256,
     num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of those to calibrate on.")] = 32,
     peer: Annotated[

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +39,9 @@ def allocate_exactly(layers: Sequence[Sequence[Choice]], budgets: Sequence[float
         uses = np.array([[choice.uses[i] for choice in flat]])
         unit = uses.max() or 1.0  # numbers near 1 are what the solver's tolerances are made for
         constraints.append(LinearConstraint(uses / unit, -np.inf, budget / unit))
-    # After presolving, HiGHS at times writes of its work to standard output, whatever it is told.
-    quiet = {"presolve": False}
-    integral, bounds = np.ones(len(flat)), Bounds(0, 1)
-    found = milp(costs / scale, constraints=constraints, bounds=bounds, integrality=integral, options=quiet)
+    integral, bounds, options = np.ones(len(flat)), Bounds(0, 1), {"presolve": False}
+    with _silent():  # HiGHS prints where it repairs a solution, whatever it is told
+        found = milp(costs / scale, constraints=constraints, bounds=bounds, integrality=integral, options=options)
     if found.x is None:
         raise ValueError("no choice of settings fits the budgets")
     picked = np.flatnonzero(found.x > 0.5)
@@ -75,6 +78,25 @@ def allocate_greedily(layers: Sequence[Sequence[Choice]], budgets: Sequence[floa
         if best is None:
             raise ValueError("no choice of settings fits the budgets")
         picked[best[0]] = best[1]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within it, nothing that C code prints reaches standard output."""
+    flush = getattr(ctypes.CDLL(None), "fflush", None) if os.name == "posix" else None
+    sys.stdout.flush()
+    if flush is not None:
+        flush(None)  # what C printed before is to be seen
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        if flush is not None:
+            flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _check(layers: Sequence[Sequence[Choice]], budgets: Sequence[float]) -> None:

@@ -1,16 +1,21 @@
-"""Compound scaling: one number makes a network deeper, wider, and its images larger, in fixed proportion."""
+"""Compound scaling: one number makes a network deeper, wider, and its images larger, in fixed proportion.
+
+And a MobileViTv2 of any global factors, where the proportion is what is looked for (`recipe_search.scaling.factors`).
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import timm.models.efficientnet
+from timm.models.byobnet import ByoBlockCfg, ByobNet
+from timm.models.mobilevit import model_cfgs
 from torch import nn
 
 from martlet.core.errors import SourceError, nearest
@@ -127,3 +132,77 @@ def fit_coefficients(score: Callable[[Scale], float], step: float = 0.05, tolera
     Paper: section 3.3, step 1.
     """
     return max(grid(step, tolerance), key=lambda by: score(compound_scale(1, by)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """The global factors of a MobileViTv2; all 1 at 256 pixels is `mobilevitv2_100`.
+
+    resolution: the side of its images, in pixels. width: multiplier of channels. convolutions, transformers:
+    multipliers of the inverted residuals and of the transformer blocks of each stage; one of each stays at least.
+
+    Raises:
+        SourceError: one isn't positive, or an image smaller than 32 pixels.
+    """
+
+    resolution: int = 256
+    width: float = 1.0
+    convolutions: float = 1.0
+    transformers: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.convolutions, self.transformers) <= 0 or self.resolution < 32:
+            raise SourceError(
+                f"factors of a MobileViTv2 are positive, and its images have 32 pixels or more, not {self}"
+            )
+
+    def smaller(self, share: float = 0.05, pixels: int = 2) -> Iterator[Factors]:
+        """Sizes with one factor less: by a share of it, the side also by some pixels, depths by a block somewhere."""
+        for side in {round(self.resolution * (1 - share)), self.resolution - pixels}:
+            if 32 <= side < self.resolution:
+                yield replace(self, resolution=side)
+        yield replace(self, width=self.width * (1 - share))
+        for name in ("convolutions", "transformers"):
+            depths = _depths(self)[name]
+            less = [n for n in range(1, max(depths)) if _times(self, name, n / max(depths)) != depths]
+            if less:
+                yield replace(self, **{name: getattr(self, name) * less[-1] / max(depths)})
+
+
+def mobilevitv2(factors: Factors, **kwargs: Any) -> ByobNet:
+    """A random MobileViTv2; channels are multiples of 8, as the published widths give them.
+
+    kwargs: for timm's constructor (`num_classes` …).
+
+    Paper: Mehta and Rastegari, Separable Self-attention for Mobile Vision Transformers, 2022, arXiv 2206.02680.
+    """
+    base, depths = model_cfgs["mobilevitv2_100"], _depths(factors)
+    convolutions, transformers = iter(depths["convolutions"]), iter(depths["transformers"])
+
+    def wide(channels: int) -> int:
+        return max(8, 8 * round(channels * factors.width / 8))
+
+    def scaled(block: ByoBlockCfg) -> ByoBlockCfg:
+        if block.type == "bottle":
+            return replace(block, c=wide(block.c), d=next(convolutions))
+        inside = {**(block.block_kwargs or {}), "transformer_depth": next(transformers)}
+        return replace(block, c=wide(block.c), block_kwargs=inside)
+
+    blocks = tuple(tuple(map(scaled, stage)) if isinstance(stage, tuple) else scaled(stage) for stage in base.blocks)
+    return ByobNet(replace(base, blocks=blocks, stem_chs=wide(cast(int, base.stem_chs))), **kwargs)
+
+
+def _depths(factors: Factors) -> dict[str, list[int]]:
+    return {name: _times(factors, name) for name in ("convolutions", "transformers")}
+
+
+def _times(factors: Factors, name: str, more: float = 1.0) -> list[int]:
+    """Blocks of a kind in each stage of `mobilevitv2_100`, times a factor, rounded, and one at least."""
+    flat = [
+        b for stage in model_cfgs["mobilevitv2_100"].blocks for b in (stage if isinstance(stage, tuple) else [stage])
+    ]
+    counts = {
+        "convolutions": [block.d for block in flat if block.type == "bottle"],
+        "transformers": [(block.block_kwargs or {})["transformer_depth"] for block in flat if block.type != "bottle"],
+    }[name]
+    return [max(1, round(count * getattr(factors, name) * more)) for count in counts]

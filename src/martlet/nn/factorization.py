@@ -73,7 +73,7 @@ class Factorization(Technique):
 
     @abstractmethod
     def factors(self, model: Model, found: list[Site], context: Context) -> dict[str, Factors]:
-        """Of each Linear, by name."""
+        """Of each Linear, by name; one that is missing stays whole."""
 
     def loss_of(
         self, model: Model, found: list[Site], factors: Mapping[str, Factors], context: Context
@@ -91,6 +91,7 @@ class Factorization(Technique):
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         found = [site for site in sites(model) if self._ranks(site)] if self.ratio else []
         factors = self.factors(model, found, context) if found else {}
+        found = [site for site in found if site.name in factors]
         ranks = self.ranks(model, found, factors, context)
         for site in found:
             if (rank := ranks.get(site.name)) is not None:

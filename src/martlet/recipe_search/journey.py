@@ -35,6 +35,8 @@ FRONT = 12
 """Values of a front that are drawn from."""
 FAR = 2.0
 """Times the drop that is allowed is where a front ends that is drawn from."""
+COLLAPSED_PCT = 50.0
+"""Of agreement: what keeps less isn't drawn again, where no drop is told."""
 FRONT_SHARE = 0.2
 """Of the time, at most, in which one front is found; what is found by then is drawn from."""
 PROMOTED = 2
@@ -213,7 +215,10 @@ class Journey:
         )
 
     def out(self) -> frozenset[str]:
-        """Techniques that aren't drawn again: alone they can't be, lose FAR times what is allowed, or gain nothing."""
+        """Techniques that aren't drawn again: alone they can't be, lose FAR times what is allowed, or gain nothing.
+
+        Where no drop is told, FAR is where most answers are others than the untouched model's.
+        """
         starts = [self.recipes.alone(start) for start in self.recipes.starts()]
         base = next((self._screened(recipe) for names, recipe in starts if not names), None)
         if base is None or "why" in base:
@@ -228,9 +233,10 @@ class Journey:
             seen |= names
             if "why" in entry:
                 continue
-            values = self._predicted(entry, clock)
-            gains = any(values[axis] < plain[axis] for axis in axes)
-            if gains and (self.limits.max_drop is None or values["drop_pct"] <= FAR * self.limits.max_drop):
+            values, most = self._predicted(entry, clock), self.limits.max_drop
+            if all(values[axis] >= plain[axis] for axis in axes):
+                continue
+            if values["agreement_pct"] >= COLLAPSED_PCT if most is None else values["drop_pct"] <= FAR * most:
                 passed |= names
         return frozenset(seen - passed)
 

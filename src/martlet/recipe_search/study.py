@@ -89,7 +89,7 @@ class Study:
         from optuna.exceptions import ExperimentalWarning
         from optuna.samplers import PartialFixedSampler
 
-        sampler, starts = self.sampler(self.seed + number), self.recipes.starts()
+        sampler, starts = self.sampler(self.seed + number, self.recipes.draw), self.recipes.starts()
         fixed = starts[number] if number < len(starts) else self.recipes.without(out) if out else {}
         if not fixed:
             return sampler

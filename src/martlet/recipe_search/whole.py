@@ -95,7 +95,7 @@ def search(
         minutes: how long to search. candidates: how many recipes to draw. Whichever is reached first.
         recipe: search the settings of its techniques alone; None is all techniques that can be searched.
         engine: `openvino` or `onnxruntime`.
-        strategy: how the next recipes are chosen: `tpe`, `nsga2`, `greedy`, `constrained` or `random`.
+        strategy: how the next recipes are chosen: `tpe`, `nsga2`, `linas`, `greedy`, `constrained` or `random`.
         num_images: how many images are searched on. num_calib: how many of those techniques learn from.
         peers: folders of artifacts made by others, by name, to be measured with the finalists.
         workers: in how many processes recipes are screened, by Ray; 0 is this one. ray_address: of a cluster that is

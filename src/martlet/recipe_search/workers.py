@@ -194,7 +194,10 @@ def workers(screen: Screen, count: int, address: str | None, progress: Progress)
     """
     import ray
 
-    local = {} if address else {"num_cpus": count, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    local: dict[str, Any] = {} if address else {"num_cpus": count, "include_dashboard": False}
+    if not address:
+        # Ray would make its processes so nice that on a busy machine they get next to nothing, and seem frozen.
+        local |= {"_node_ip_address": "127.0.0.1", "_system_config": {"worker_niceness": 0}}
     progress("start processes", 0, count)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)

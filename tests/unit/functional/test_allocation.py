@@ -1,6 +1,8 @@
 """Allocations against trying everything; and that a worse one would show."""
 
+import ctypes
 import itertools
+import os
 
 import pytest
 import torch
@@ -100,3 +102,28 @@ def test_a_budget_that_nothing_uses_is_no_division_by_zero() -> None:
 def test_the_impossible_is_refused(allocate, its, budgets) -> None:
     with pytest.raises(ValueError, match=r"no choice|no setting|doesn't say"):
         allocate(its, budgets)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="C's own printing can't be reached")
+def test_what_the_solver_prints_isnt_seen_and_what_others_print_is(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scipy import optimize
+
+    c, solve = ctypes.CDLL(None), optimize.milp
+
+    def loud(*args, **kwargs):
+        c.puts(b"a line of C's own")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(optimize, "milp", loud)
+    c.puts(b"before")
+    its = layers(0)
+    allocate_exactly(its, [average(its, b) for b in range(2)])
+    c.puts(b"after")
+    c.fflush(None)
+    print("last")
+    assert capfd.readouterr().out.split() == ["before", "after", "last"]
+    loud(1.0)
+    c.fflush(None)
+    assert "a line of C's own" in capfd.readouterr().out

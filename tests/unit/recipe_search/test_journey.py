@@ -8,7 +8,7 @@ from martlet.core.errors import ArtifactError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.recipe_search import folder as folders
 from martlet.recipe_search.folder import Folder
-from martlet.recipe_search.journey import FAR, FINALISTS, Journey
+from martlet.recipe_search.journey import COLLAPSED_PCT, FAR, FINALISTS, Journey
 from martlet.recipe_search.limits import Limits
 from martlet.recipe_search.screen import reason, screened
 
@@ -57,8 +57,8 @@ def test_what_gains_nothing_alone_or_loses_far_too_much_is_out(journey, monkeypa
     entries = {
         base: {"latency_ms": 10.0, "kl": 0.0, "drop_pct": 0.0},
         slow: {"latency_ms": 11.0, "kl": 0.1, "drop_pct": 0.1},
-        lossy: {"latency_ms": 5.0, "kl": 0.5, "drop_pct": FAR + 0.1},
-        good: {"latency_ms": 9.0, "kl": 0.1, "drop_pct": 0.9},
+        lossy: {"latency_ms": 5.0, "kl": 0.5, "drop_pct": FAR + 0.1, "agreement_pct": COLLAPSED_PCT},
+        good: {"latency_ms": 9.0, "kl": 0.1, "drop_pct": 0.9, "agreement_pct": 99.0},
         failed: {"why": "it can't be"},
     }
 
@@ -76,6 +76,8 @@ def test_what_gains_nothing_alone_or_loses_far_too_much_is_out(journey, monkeypa
     assert one.out() == {"a", "b", "d"}
     one.limits = Limits(latency_ms=8.0)  # no drop is too much
     assert one.out() == {"a", "d"}
+    entries[lossy]["agreement_pct"] -= 0.1  # but nothing is left of it
+    assert one.out() == {"a", "b", "d"}
     entries.pop(base)
     assert one.out() == frozenset()
 

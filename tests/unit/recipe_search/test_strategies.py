@@ -15,6 +15,7 @@ from martlet.core.recipe import Recipe
 from martlet.functional import pareto
 from martlet.recipe_search import strategies
 from martlet.recipe_search.strategies.greedy import neighbours
+from martlet.recipe_search.strategies.linas import ALPHAS, COSTS, STARTUP, Predictor
 from martlet.recipe_search.study import BATCH, Study
 
 SIZES = {"a": 6, "b": 5, "c": 4}
@@ -94,14 +95,16 @@ def test_the_default_beats_chance(tmp_path: Path) -> None:
     assert mean("tpe") > mean("random")
 
 
-@pytest.mark.parametrize("strategy", ["tpe", *(pytest.param(s, marks=pytest.mark.slow) for s in ("nsga2", "greedy"))])
+@pytest.mark.parametrize(
+    "strategy", ["tpe", *(pytest.param(s, marks=pytest.mark.slow) for s in ("nsga2", "linas", "greedy"))]
+)
 def test_stopped_anywhere_it_draws_what_it_would_have(strategy: str, tmp_path: Path) -> None:
     whole = told(tmp_path / "whole.db", strategy, 3)
     path, values = tmp_path / "broken.db", {}
     for stop in (1, 3, BATCH, 2, 5, BATCH):
         one = study(path, strategy)
         if stop == 2:  # stopped among draws
-            one.study.sampler = one.sampler(one.seed + len(one.study.get_trials()))
+            one.study.sampler = one._sampler(len(one.study.get_trials()), frozenset())
             if len(one.study.get_trials()) % BATCH == 0 and one.study.get_trials()[-1].state.is_finished():
                 one.recipes.draw(one.study.ask())
             continue
@@ -140,6 +143,67 @@ def test_neighbours_are_one_step_away() -> None:
     assert neighbours(IntDistribution(0, 5), 0) == [1]
     assert neighbours(IntDistribution(0, 5), 3) == [2, 4]
     assert neighbours(CategoricalDistribution(["x", "y", "z"]), "y") == ["x", "z"]
+
+
+def choices(n: int, seed: int) -> list[dict[str, Any]]:
+    """Bits of eight layers, and a choice that only some have."""
+    rng = np.random.default_rng(seed)
+    rows = [{f"bits{i}": int(rng.choice((4, 6, 8))) for i in range(8)} for _ in range(n)]
+    return [row | ({"more": "yes"} if rng.random() < 0.5 else {}) for row in rows]
+
+
+def cost(choice: dict[str, Any]) -> float:
+    return 10.0 ** sum((8 - choice[f"bits{i}"]) * (i + 1) ** 1.3 / 30 for i in range(8)) * (
+        3 if "more" in choice else 1
+    )
+
+
+def ridge(known: list[dict[str, Any]], values: list[float], wanted: list[dict[str, Any]], alpha: float) -> np.ndarray:
+    """(XᵀX + αI)⁻¹ Xᵀy about the means, with a column for each value of each choice; ranks by counting."""
+    pairs = sorted({pair for c in known for pair in c.items()}, key=str)
+    x, new = (np.array([[float(c.get(k) == v) for k, v in pairs] for c in each]) for each in (known, wanted))
+    y = np.array([sum(other < value for other in values) / (len(values) - 1) for value in values])
+    weights = np.linalg.solve((x - x.mean(0)).T @ (x - x.mean(0)) + alpha * np.eye(len(pairs)), (x - x.mean(0)).T @ y)
+    return y.mean() + (new - x.mean(0)) @ weights
+
+
+def support(known: list[dict[str, Any]], values: list[float], wanted: list[dict[str, Any]], cost: float) -> np.ndarray:
+    from sklearn.svm import SVR
+
+    pairs = sorted({pair for c in known for pair in c.items()}, key=repr)
+    x, new = (np.array([[float(c.get(k) == v) for k, v in pairs] for c in each]) for each in (known, wanted))
+    y = [sum(other < value for other in values) / (len(values) - 1) for value in values]
+    return SVR(C=cost, epsilon=0.0).fit(x, y).predict(new)
+
+
+def test_predictors_are_ridge_or_support_vectors_on_ranks_and_rank_what_they_havent_seen() -> None:
+    known, wanted = choices(40, 0), choices(40, 1)
+    values = [cost(choice) for choice in known]
+    assert len(set(values)) == 40
+    found = Predictor(known, values)(wanted)
+    options = [ridge(known, values, wanted, alpha) for alpha in ALPHAS] + [
+        support(known, values, wanted, c) for c in COSTS
+    ]
+    assert any(np.allclose(found, option, atol=1e-6) for option in options)
+    assert not np.allclose(found, ridge(known, values[::-1], wanted, 1.0), atol=1e-2)
+    truth = np.array([cost(choice) for choice in wanted])
+    assert np.corrcoef(found.argsort().argsort(), truth.argsort().argsort())[0, 1] > 0.8
+    assert Predictor(known, values)([{"bits0": 99, "unheard": 1}]).shape == (1,)
+
+
+def test_linas_draws_nothing_twice_and_beats_chance_once_it_predicts(tmp_path: Path) -> None:
+    chance = -(-STARTUP // BATCH)
+    batches = chance + 1
+    one = study(tmp_path / "s.db", "linas")
+    for _ in range(batches):
+        for number, recipe in one.batch():
+            one.tell(number, recipe.values)  # type: ignore[union-attr]
+    drawn = [tuple(sorted(trial.params.items())) for trial in one.study.get_trials()]
+    assert len(set(drawn[chance * BATCH :])) == BATCH
+    assert not set(drawn[chance * BATCH :]) & set(drawn[: chance * BATCH])
+    rows = np.array([trial.values for trial in one.study.get_trials()])
+    by_chance = told(tmp_path / "r.db", "random", batches)
+    assert volume(rows) > volume(by_chance)
 
 
 def test_bad_use(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from martlet import engine
@@ -15,15 +16,15 @@ from martlet.recipe_search import workers
 from martlet.recipe_search.screen import Held, Screen, screened
 from martlet.source import load_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ray = pytest.importorskip("ray")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 RECIPES = [
     f"martlet: 1\npasses:\n- tps: {{r: {{1: {r}}}}}\n- int8: {{ranges: {ranges}}}\n"
     for r in (2, 4, 6)
     for ranges in ("minmax", "mse")
-] + ["martlet: 1\npasses:\n- tps: {r: {1: 99}}\n"]
-"""The last can't be: there are sixteen patches."""
+] + ["martlet: 1\npasses:\n- svd: {ratio: 0.99}\n"]
+"""The last can't be: no rank is so low."""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,27 @@ def values(entry: dict) -> dict:
     return {key: value for key, value in entry.items() if key not in ("seconds", "lost")}
 
 
+def runs(pid: int, seconds: float = 30.0) -> bool:
+    """Whether there is such a process after so long; one that has ended and that nobody has asked about is none."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def test_a_process_killed_and_one_frozen_cost_their_candidates_only(
     screen: Screen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    start = time.monotonic()
     expected = [values(screened(screen, yaml)) for yaml in RECIPES]
-    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 20.0)
-    monkeypatch.setattr(workers, "PATIENCE", 1)
+    # A machine under load isn't frozen: all of them, in this process, take as long as one may at most in another.
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", max(20.0, 2 * (time.monotonic() - start)))
+    monkeypatch.setattr(workers, "PATIENCE", 10)
     with workers.workers(screen, 2, None, silent) as evaluate:
         first, second = (pid for _, pid in evaluate._processes.values())
         assert len({first, second, os.getpid()}) == 3
@@ -63,9 +79,7 @@ def test_a_process_killed_and_one_frozen_cost_their_candidates_only(
     assert {why for _, why in lost} == {"its process was killed", "its process did nothing for too long"}
     assert all(seconds > 0 for seconds, _ in lost)
     assert "why" in found[len(RECIPES) - 1]
-    for pid in (first, second):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not any(map(runs, (first, second)))
 
 
 def test_a_candidate_that_kills_its_process_is_given_up(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

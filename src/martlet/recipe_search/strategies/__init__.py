@@ -14,14 +14,16 @@ from martlet.core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
-STRATEGIES = ("tpe", "nsga2", "greedy", "constrained", "random")
+STRATEGIES = ("tpe", "nsga2", "linas", "greedy", "constrained", "random")
 OVER = "over"
 """Of a trial's user attributes: how far it is past each limit, as a share of it."""
 
-Sampler = Callable[[int], "BaseSampler"]
-"""Takes a seed."""
+Draw = Callable[["BaseTrial"], object]
+"""Makes all choices of a candidate, by asking a trial for each."""
+Sampler = Callable[[int, Draw], "BaseSampler"]
+"""Takes a seed, and how candidates of the space are drawn."""
 
 
 def get(name: str) -> Sampler:

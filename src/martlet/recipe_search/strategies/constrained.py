@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from optuna.samplers import TPESampler
 
-from martlet.recipe_search.strategies import over, tpe
+from martlet.recipe_search.strategies import Draw, over, tpe
 
 
-def sampler(seed: int) -> TPESampler:
+def sampler(seed: int, draw: Draw) -> TPESampler:
     """Gardner et al., Bayesian Optimization with Inequality Constraints, 2014, for Parzen estimators."""
-    return tpe.sampler(seed, constraints_func=over)
+    return tpe.sampler(seed, draw, constraints_func=over)

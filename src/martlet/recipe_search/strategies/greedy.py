@@ -10,6 +10,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from martlet.recipe_search.strategies import Draw
+
 
 class Greedy(BaseSampler):
     """Draws a member of the front, and changes one of its choices; what that opens is drawn at random."""
@@ -50,5 +52,5 @@ def neighbours(distribution: BaseDistribution, value: Any) -> list[Any]:
     return [other for other in (value - 1, value + 1) if distribution.low <= other <= distribution.high]
 
 
-def sampler(seed: int) -> Greedy:
+def sampler(seed: int, draw: Draw) -> Greedy:
     return Greedy(seed)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from optuna.samplers import NSGAIISampler
 
+from martlet.recipe_search.strategies import Draw
+
 POPULATION = 16
 
 
-def sampler(seed: int) -> NSGAIISampler:
+def sampler(seed: int, draw: Draw) -> NSGAIISampler:
     """Deb et al., A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, 2002."""
     return NSGAIISampler(population_size=POPULATION, seed=seed)

@@ -8,11 +8,13 @@ from typing import Any
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 
+from martlet.recipe_search.strategies import Draw
+
 STARTUP = 12
 """Drawn at random first."""
 
 
-def sampler(seed: int, **more: Any) -> TPESampler:
+def sampler(seed: int, draw: Draw, **more: Any) -> TPESampler:
     """Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011; Ozaki et al., MOTPE, 2022.
 
     Choices that depend on each other are drawn together, in groups, as not every recipe has them all. more: of the

@@ -9,11 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Choices, Context
 from martlet.functional.structure.low_rank import Factors, Moments, of_outputs
 from martlet.nn.factorization import Factorization, Site, logit_errors
 from martlet.nn.low_rank import thin_linear
+
+SEEN = 2
+"""Times its rank is how many outputs of a Linear tell its principal components; of fewer, too much looks constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class AFM(Factorization):
     Features are of lower rank than weights: the outputs' r principal components and their mean are kept, in closed
     form. Each Linear is once tried alone at half of its largest useful rank; from the change of the logits follows how
     much its lost squares count when ranks are chosen. A Linear whose factors would cost more than it does stays whole,
-    and the record names it. Better than `svd` wherever there are images.
+    and so does one that gave too few outputs, as a classifier of one token does with some dozens of images; the record
+    names them. Better than `svd` wherever there are images.
 
     Args:
         ratio: share to remove of what the model's Linears have together; 0 replaces none.
@@ -40,7 +45,8 @@ class AFM(Factorization):
         from integer programming over measured changes of the logits. No activation stands between the two factors, as
         the framework for click-through rates has it before training again; nothing is fine-tuned. Embedding tables,
         which no vision model here has, aren't touched.
-    Raises: RecipeError for no images, for a ratio that can't be reached, or a model without a Linear worth factorizing.
+    Raises: RecipeError for no images or too few, for a ratio that can't be reached, or a model without a Linear worth
+        factorizing.
     """
 
     name: ClassVar[str] = "afm"
@@ -66,8 +72,14 @@ class AFM(Factorization):
         finally:
             for handle in handles:
                 handle.remove()
+        enough = [site for site in found if moments[site.name].count >= SEEN * min(site.linear.weight.shape)]
+        if not enough:
+            raise RecipeError(
+                f"{self.name}: {seen} images are too few for the principal components of any Linear's outputs; give "
+                "more with --num-calib"
+            )
         return {
-            site.name: of_outputs(site.linear.weight, site.linear.bias, *moments[site.name].result()) for site in found
+            site.name: of_outputs(site.linear.weight, site.linear.bias, *moments[site.name].result()) for site in enough
         }
 
     def loss_of(
