@@ -57,7 +57,7 @@ def page(document: Mapping[str, Any]) -> str:
             "",
             "## Times on OpenVINO, interleaved",
             "",
-            "With thresholds that lose half a point on the calibration images. What is without exits computes in float32.",
+            "With thresholds that lose half a point on the calibration images; without exits, it is in float32.",
             "",
             *table(heading, rows),
         ]
