@@ -131,8 +131,8 @@ class Network(nn.Module):
         return self.features(frames).softmax(1) @ self.cells  # (B, 64) (64, 2)
 
 
-def learn_(net: nn.Module, images: Tensor, steady: float, progress: Progress, seed: int = 0) -> None:
-    """Trains on single frames, drawn anew at every step, of which so many are slow."""
+def learn_(name: str, net: nn.Module, images: Tensor, progress: Progress, seed: int = 0) -> None:
+    """Trains on single frames, drawn anew at every step."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
@@ -141,7 +141,7 @@ def learn_(net: nn.Module, images: Tensor, steady: float, progress: Progress, se
     for step in range(STEPS):
         rows = torch.randint(len(images), (2, BATCH), generator=generator)
         where = (2 * uniform(BATCH, 2) - 1) * (CANVAS - SIDE) / 2
-        slow, angle = uniform(BATCH) < steady, 2 * torch.pi * uniform(BATCH)
+        slow, angle = uniform(BATCH) < STEADY[name], 2 * torch.pi * uniform(BATCH)
         low, high = (torch.where(slow, SLOW[i], FAST[i]) for i in (0, 1))
         speed = low + (high - low) * uniform(BATCH)
         velocity = speed[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
@@ -162,7 +162,7 @@ def models(assets: Path, progress: Progress) -> dict[str, Model]:
     for name in WIDTHS:
         torch.manual_seed(0)
         net = Network(WIDTHS[name])
-        learn_(net, images, STEADY[name], progress)
+        learn_(name, net, images, progress)
         found[name] = Model(name=f"{name} network", module=net, preprocess=preprocess, num_classes=2, origin={})
     return found
 

@@ -80,6 +80,8 @@ def stages(graph_module: GraphModule) -> list[Stage]:
     needs: list[set[Node]] = [set() for _ in ends]  # of earlier stages
     for node, k in made_in.items():
         needs[max(k, 0)].update(source for source in _sources(node) if source in varies and made_in[source] < k)
+    for k, nodes in enumerate(ends):  # what an earlier stage has made already passes through
+        needs[k].update(node for node in nodes if made_in.get(node, k) < k)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     found = []
     for k, nodes in enumerate(ends):

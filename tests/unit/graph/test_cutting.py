@@ -51,10 +51,9 @@ class Splits(Skips):
         first, second, third = (
             self.stem(images.reshape(images.shape[0], -1)).unflatten(1, (1, 8)).repeat(1, 3, 1).unbind(1)
         )
-        later = self.third(torch.cat([third, third], 1))
-        for exit_, x in ((self.exits[1], self.second(second)), (self.exits[0], first)):
-            logits = exit_(x)
-            later = leave(logits, top_probability(logits), later, exit_.window)
+        later, sure = self.third(torch.cat([third, third], 1)), first[:, :2].unbind(1)
+        for k, x in ((1, self.second(second)), (0, first)):
+            later = leave(self.exits[k](x), sure[k], later, self.exits[k].window)
         return later
 
 
@@ -64,7 +63,9 @@ def test_tensors_are_cut_and_not_lists_of_them():
     with torch.no_grad():
         found = run(parts, images)
     assert all(isinstance(value, torch.Tensor) for given in found for value in given.values())
-    assert [len(part.inputs) for part in parts] == [1, 1, 1]
+    assert [len(part.inputs) for part in parts] == [1, 2, 1]  # the second exit's confidence is known to the first stage
+    for part in parts:
+        assert len(part.inputs) == len(part.module.graph.find_nodes(op="placeholder"))
     assert torch.equal(graph(images), next(iter(found[-1].values())))
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from martlet.core import pipeline, store
-from martlet.core.errors import RecipeError
+from martlet.core.errors import RecipeError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
+from martlet.engine.stream import Stream
 from martlet.engine.torch import Torch
 from martlet.graph.stages import leaves, window
 from martlet.source import load_model
@@ -208,6 +209,24 @@ def test_a_cascade_without_averaging_ends_in_the_last_models_logits(small):
     done = apply(f"cascade: {{first: ['{small[0]}'], average: false}}", last)
     with torch.inference_mode():
         assert torch.allclose(done.module(images), last.module(images), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_stream_runs_one_of_the_two_models_of_a_cascade(small, tmp_path):
+    last = tiny()
+    for average in (True, False):
+        done = apply(f"cascade: {{first: ['{small[0]}'], average: {str(average).lower()}}}", last)
+        with store.writing(tmp_path / f"{average}") as folder:
+            store.seal(folder, done, "torch", store.write_model(folder, done, Torch()))
+    with pytest.raises(UsageError, match="the second model of this artifact needs what the first gave"):
+        Stream.of(store.load(tmp_path / "True").open(), 0.5)
+    frames, stream = torch.randn(6, 1, 3, 16, 16), Stream.of(store.load(tmp_path / "False").open(), 1e9)
+    with torch.inference_mode():
+        for t, frame in enumerate(frames):
+            found = stream(frame.numpy())
+            assert stream.big_ran == (t < 2)
+            same = np.allclose(found, last.module(frame).numpy(), atol=1e-5)
+            assert same == stream.big_ran
 
 
 def test_models_that_do_not_go_together(small):

@@ -130,8 +130,8 @@ class GatedRun(Run):
 
     def answers(self, images: Tensor) -> tuple[list[Answer], Tensor]:
         found, last = self.run.answers(images)
-        sure = self.gate(found[0].tokens).unbind(1)
-        return [each._replace(confidence=it) for each, it in zip(found, sure, strict=True)], last
+        sure = self.gate(found[0].tokens)  # (B, E)
+        return [each._replace(confidence=sure[:, k]) for k, each in enumerate(found)], last
 
 
 def _ungated(model: Model) -> Run:
