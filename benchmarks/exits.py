@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of these alone, such as lgvit or cascade")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "exits.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
     parser.add_argument("--work", type=Path, default=Path("runs/exits"), help="where the tuned model is kept")
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for part in options.parts:
             for name, job in jobs[part].items():
-                if name in document[part]:
+                if name in document[part] or name not in (options.rows or [name]):
                     continue
                 with working(f"{part} of {name}") as progress:
                     document[part][name] = job(part, options.assets, options.out, progress)
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MartletError as error:
         note(str(error))
         return error.exit_status
-    shutil.rmtree(Kept.beside(options.out).folder, ignore_errors=True)
+    if not options.rows:
+        shutil.rmtree(Kept.beside(options.out).folder, ignore_errors=True)
     return 0
 
 
