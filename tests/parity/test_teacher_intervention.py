@@ -20,7 +20,7 @@ from martlet.graph.trace import trace
 from martlet.source import load_model
 from martlet.techniques.qat.lsq import LSQ
 from martlet.techniques.qat.teacher_intervention import TeacherIntervention
-from martlet.training.intervened import Intervened
+from martlet.training.intervened import Intervened, Signal
 from martlet.training.objective import Batch
 
 aten = torch.ops.aten
@@ -141,6 +141,15 @@ def test_the_schedule_is_the_official_codes_and_ends_with_nothing():
     assert objective.replaced(59, 60) == "weights"
     objective.share = 0.0
     assert objective.replaced(0, 60) is None
+
+
+def test_scores_that_are_masks_say_nothing_and_outputs_always_do():
+    x, theirs = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, -100.0])
+    for kind, wanted in (("scores", 1 / 5), ("output", 10001 / 10005), ("context", None)):
+        signal = Signal("node", kind)
+        signal.theirs = theirs
+        assert torch.equal(signal(x), x)
+        assert (signal.error is None) if wanted is None else float(signal.error) == pytest.approx(wanted)
 
 
 def test_what_a_teacher_replaces_learns_on():
