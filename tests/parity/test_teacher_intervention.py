@@ -198,10 +198,11 @@ def trained(technique, student: Model, teacher: Model | None) -> Model:
             RecipeError,
             "teacher_intervention: nothing of timm:vit_tiny_patch16_224 is rounded yet; put what quantizes before it",
         ),
-        (
+        pytest.param(
             lambda: trained(TeacherIntervention(**QUICK), rounded(source()), source(depth=1)),
             UsageError,
             "has 1 attentions and the model has 2; give a teacher of the same shape, or train with lsq",
+            marks=pytest.mark.slow,
         ),
         (
             lambda: trained(TeacherIntervention(**QUICK), rounded(source()), source(num_heads=4)),
@@ -215,6 +216,7 @@ def test_what_can_not_be_is_refused(run, error, message):
         run()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_shape_trains_under_lsq():
     """As the message says."""
     assert trained(LSQ(**QUICK), rounded(source()), source(depth=1)).steps
