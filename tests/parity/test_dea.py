@@ -175,7 +175,7 @@ class Halt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 6, 7])
+@pytest.mark.parametrize("stop", [6, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 7))])
 def test_stopped_it_goes_on_to_the_same_weights(stop, tmp_path, monkeypatch):
     """In a period, at its end, and after others were chosen."""
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)

@@ -195,6 +195,7 @@ def test_it_is_smaller_learns_fewer_and_reloads(tmp_path, monkeypatch):
     assert float((logits.argmax(1) == data.labels).float().mean()) > 0.8
 
 
+@pytest.mark.slow
 def test_three_maps_that_become_one_learn_as_one():
     """Of a library whose q, k and v are apart."""
     transformers = pytest.importorskip("transformers")
@@ -224,7 +225,7 @@ class Halt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 8])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_stopped_before_or_after_the_cut_it_goes_on_to_the_same_weights(stop, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     technique, steps = LightPeft(early=0.5, rank=4, **QUICK), []

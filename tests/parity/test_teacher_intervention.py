@@ -20,7 +20,7 @@ from martlet.graph.trace import trace
 from martlet.source import load_model
 from martlet.techniques.qat.lsq import LSQ
 from martlet.techniques.qat.teacher_intervention import TeacherIntervention
-from martlet.training.intervened import Intervened
+from martlet.training.intervened import Intervened, Signal
 from martlet.training.objective import Batch
 
 aten = torch.ops.aten
@@ -143,6 +143,15 @@ def test_the_schedule_is_the_official_codes_and_ends_with_nothing():
     assert objective.replaced(0, 60) is None
 
 
+def test_scores_that_are_masks_say_nothing_and_outputs_always_do():
+    x, theirs = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, -100.0])
+    for kind, wanted in (("scores", 1 / 5), ("output", 10001 / 10005), ("context", None)):
+        signal = Signal("node", kind)
+        signal.theirs = theirs
+        assert torch.equal(signal(x), x)
+        assert (signal.error is None) if wanted is None else float(signal.error) == pytest.approx(wanted)
+
+
 def test_what_a_teacher_replaces_learns_on():
     model = source()
     student, examples = rounded(model), images(model)
@@ -189,10 +198,11 @@ def trained(technique, student: Model, teacher: Model | None) -> Model:
             RecipeError,
             "teacher_intervention: nothing of timm:vit_tiny_patch16_224 is rounded yet; put what quantizes before it",
         ),
-        (
+        pytest.param(
             lambda: trained(TeacherIntervention(**QUICK), rounded(source()), source(depth=1)),
             UsageError,
             "has 1 attentions and the model has 2; give a teacher of the same shape, or train with lsq",
+            marks=pytest.mark.slow,
         ),
         (
             lambda: trained(TeacherIntervention(**QUICK), rounded(source()), source(num_heads=4)),
@@ -206,6 +216,7 @@ def test_what_can_not_be_is_refused(run, error, message):
         run()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_shape_trains_under_lsq():
     """As the message says."""
     assert trained(LSQ(**QUICK), rounded(source()), source(depth=1)).steps

@@ -25,11 +25,11 @@ MASKED = -50.0
 
 
 class Signal(nn.Module):
-    """What a node of a student gives. In a step it is compared with a teacher's, which may take its place."""
+    """What a node of a student gives. In a step it may be compared with a teacher's, or replaced by it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kind: str) -> None:
         super().__init__()
-        self.name, self.theirs, self.intervenes = name, cast(Tensor | None, None), False
+        self.name, self.kind, self.theirs, self.intervenes = name, kind, cast(Tensor | None, None), False
         self.error: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +40,9 @@ class Signal(nn.Module):
                 f"the teacher has {tuple(self.theirs.shape[1:])} at {self.name} where the model has "
                 f"{tuple(x.shape[1:])}; give a teacher of the same shape, or train with lsq, which needs none"
             )
-        self.error = relative_error(*(each.masked_fill(self.theirs < MASKED, 0) for each in (x, self.theirs)))
+        if self.kind in LEARNED:
+            masked = (self.theirs < MASKED) & (self.kind == "scores")
+            self.error = relative_error(*(each.masked_fill(masked, 0) for each in (x, self.theirs)))
         return self.theirs if self.intervenes else x
 
 
@@ -80,7 +82,7 @@ class Intervened(Rounded):
             for kind in KINDS:
                 node: Node | None = getattr(attention, kind)
                 if node is not None:
-                    self.signals[i][kind] = signal = Signal(node.name)
+                    self.signals[i][kind] = signal = Signal(node.name, kind)
                     student.add_submodule(f"signal_{i}_{kind}", signal)
                     with student.graph.inserting_after(node):
                         new = student.graph.call_module(f"signal_{i}_{kind}", (node,))
@@ -116,7 +118,7 @@ class Intervened(Rounded):
             for kind, signal, theirs in pairs:
                 signal.theirs, signal.intervenes = theirs, kind == replaced
             loss = divergence(student(batch.images), wanted)
-            errors = [signal.error for kind, signal, _ in pairs if kind in LEARNED and signal.error is not None]
+            errors = [signal.error for _, signal, _ in pairs if signal.error is not None]
         finally:
             for _, signal, _ in pairs:
                 signal.theirs = signal.error = None

@@ -31,7 +31,8 @@ class LightPeft(LowRankTuning):
     In these, masks of heads and hidden units are learned along, which a penalty draws to zero; and of each update it is
     kept how large it is beside what it is added to, and how its ranks weigh in the loss. Heads and units of the least
     masks are then cut, and so are the least updates, and ranks of those that are left. The rest of the training, and
-    the result, are smaller and faster. To cut a model whose task stays, `ziplm` loses less.
+    the result, are smaller and faster, and it is there that `ema` and `patience` count. To cut a model whose task
+    stays, `ziplm` loses less.
 
     Args:
         early: the share of the steps after which it is cut.
@@ -90,7 +91,7 @@ class LightPeft(LowRankTuning):
         heads = [*classifiers(model.module, model.num_classes, "light_peft")]
         ratios = self.sparsity, self.module_ratio, self.rank_ratio
         early = Early(self.smoothing, heads, self.config(model), *ratios)
-        first = train_(model, early, examples, self._part(self.early), context)
+        first = train_(model, early, examples, replace(self._part(self.early), ema=0.0, patience=0), context)
         names = _names(before.blocks)
         cut_(model.module, cuts(before, [*early.head_masks], [*early.unit_masks], self.prune_ratio, self.multiple))
         after = view(model.module)
