@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 
 HOST = ("[resolution: {size: 160}]", "[finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}]")
+NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
 TRAINING = "{epochs: 4.0, batch: 64, precision: bf16}"
 EXITS = {
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/exits"), help="where the tuned model is kept")
     options = parser.parse_args(argv)
     document: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    document = {"about": __doc__} | {part: {} for part in PARTS} | document
+    document = {"benchmark": "exits"} | {part: {} for part in PARTS} | document
     ways: dict[str, Job] = {name: functools.partial(tuned, options.work, passes) for name, passes in EXITS.items()}
     ways["cascade"] = cascade
     more: dict[str, Job] = {"lgvit, gate": functools.partial(gated, options.work)}
@@ -119,7 +121,7 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
         work.parent.mkdir(parents=True, exist_ok=True)
         with store.writing(work, overwrite=True) as folder:
             store.seal(folder, model, "torch", store.write_model(folder, model, engines.get("torch")))
-    source = store.load(work).model()
+    source = replace(store.load(work).model(), name=NAME)
     context = Context(
         images=Calibration(calib, source.preprocess, n=NUM_CALIB, seed=0),
         training=Examples.read(train, source.preprocess, CLASSES, progress),
