@@ -148,6 +148,7 @@ def test_images_leave_where_the_gate_says_and_at_full_depth_get_the_hosts_logits
         assert np.allclose(session(images.numpy()), exits.module(images).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_balance_trains_the_gate_alone_and_thresholds_for_a_budget_can_follow(gated):
     before = {name: value.clone() for name, value in gated.module.state_dict().items()}
     again = apply("eco_m2f: {beta: 10.0}", gated)
