@@ -68,8 +68,6 @@ BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
 """Balances of a gate."""
 MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
 MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
-LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-"""How the weights of the first member want their images."""
 PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 TIMED, TIMED_DROP = 64, 0.5
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     document = {"benchmark": "exits"} | {part: {} for part in PARTS} | document
     ways: dict[str, Job] = {name: functools.partial(tuned, options.work, passes) for name, passes in EXITS.items()}
-    ways["cascade"] = functools.partial(cascade, options.work)
+    ways["cascade"] = cascade
     more: dict[str, Job] = {"lgvit, gate": functools.partial(gated, options.work)}
     jobs = {"accuracy": ways | more, "latency": ways, "stream": {"moving CIFAR": moving}}
     try:
@@ -119,7 +117,10 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
         smaller, learn = (Recipe.from_yaml(f"martlet: 1\npasses: {passes}") for passes in HOST)
         source = pipeline.run(tuning.base(assets), smaller, Context(progress=progress))
         training = Examples.read(train, source.preprocess, CLASSES, progress)
-        _save(pipeline.run(source, learn, Context(training=training, progress=progress, kept=kept)), work)
+        model = pipeline.run(source, learn, Context(training=training, progress=progress, kept=kept))
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with store.writing(work, overwrite=True) as folder:
+            store.seal(folder, model, "torch", store.write_model(folder, model, engines.get("torch")))
     source = replace(store.load(work).model(), name=NAME)
     context = Context(
         images=Calibration(calib, source.preprocess, n=NUM_CALIB, seed=0),
@@ -166,19 +167,18 @@ def moving(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, 
     return moving_cifar.measure(assets, progress)
 
 
-def cascade(work: Path, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """EfficientNet-Lite0 before ViT-Ti, on ImageNet: half of the images to calibrate, the others to test."""
-    small, last = (assets / "weights" / file for file in MEMBER_WEIGHTS)
-    first, alone = work.with_name("first"), load_model(MEMBERS[0], weights=small, preprocess=LITE)
-    _save(alone, first)  # an artifact says how it wants its images, which isn't as timm has it
+    first, last = (assets / "weights" / file for file in MEMBER_WEIGHTS)
     source = load_model(MEMBERS[1], weights=last)
     images = open_images(assets / "data" / "imagenet1k-val-227px" / "test.parquet")
     calib, test = images.split(len(images) // 2, seed=0)
     calibration = Calibration(calib, source.preprocess, n=len(calib), seed=0)
-    recipe = Recipe.from_yaml(f"martlet: 1\npasses: [{{cascade: {{first: ['{first}']}}}}]")
+    recipe = Recipe.from_yaml(f"martlet: 1\npasses: [{{cascade: {{first: ['{MEMBERS[0]}={first}']}}}}]")
     model = pipeline.run(source, recipe, Context(images=calibration, progress=progress))
     found = judge(source, model, calibration, test, part, progress)
     if part == "accuracy":
+        alone = load_model(MEMBERS[0], weights=first)
         found["alone"] = [_alone(each, test, progress) for each in (alone, source)]
     return found
 
@@ -285,12 +285,6 @@ def timed(
         "batches": found,
         "environment": report.environment(),
     }
-
-
-def _save(model: Model, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with store.writing(path, overwrite=True) as folder:
-        store.seal(folder, model, "torch", store.write_model(folder, model, engines.get("torch")))
 
 
 def _test(found: Plan) -> dict[str, Any]:
