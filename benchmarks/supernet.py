@@ -7,8 +7,8 @@
 The small ViT that others trained is ordered by importance and trained on by the sandwich rule: in each step the whole,
 the smallest and a drawn one learn, the latter two from the whole. A candidate has heads and hidden units of each block,
 a depth, and bits of each Linear's weight; activations have 8. What is minimized is errors on images that nothing was
-trained on, and bytes of weights. Rounding is simulated in PyTorch. Fronts are told on the test images. Everything that
-is found out is kept (results/supernet.json), and what is there already isn't done again.
+trained on, and bytes of weights; test images are others. Rounding is simulated in PyTorch. Everything that is found out
+is kept (results/supernet.json), and what is there already isn't done again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BITS = (4, 8)
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 LEAST = 0.5
 """Of a row's range, the least that its grid covers."""
-NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 5000, 400, 32, 2000
+NUM_TRAIN, NUM_VALID, NUM_CALIB, NUM_TEST = 5000, 1000, 32, 2000
 EVALUATIONS, SEEDS = 48, (0, 1)
 """Of each search, and how often each is done."""
 WORST = (60.0, 600_000.0)
@@ -132,6 +132,7 @@ class Bench:
     supernet: Model
     valid: Examples
     calibration: Tensor
+    test: Examples
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Bench:
@@ -141,11 +142,15 @@ class Bench:
             raise UsageError(f"{options.weights} isn't there; python benchmarks/supernet.py train makes it")
         model = small(options.assets)
         model.module.load_state_dict(load_file(options.weights))
-        held = examples(options.assets, model, "train", NUM_VALID + NUM_CALIB, NUM_TRAIN)
-        calibration = held.normalize(held.pixels[NUM_VALID:])
-        assert held.labels is not None
-        valid = Examples(held.pixels[:NUM_VALID], held.labels[:NUM_VALID], held.preprocess, held.source)
-        return cls(model, valid, calibration)
+        # of the test images, for those that the small ViT was trained on before tell little
+        held = examples(options.assets, model, "test", NUM_VALID + NUM_CALIB + NUM_TEST)
+        valid, calibration, test = (
+            Examples(
+                held.pixels[rows], None if held.labels is None else held.labels[rows], held.preprocess, held.source
+            )
+            for rows in torch.arange(len(held)).split([NUM_VALID, NUM_CALIB, NUM_TEST])
+        )
+        return cls(model, valid, held.normalize(calibration.pixels), test)
 
     def __call__(self, choice: Choice) -> tuple[float, float]:
         model = self.rounded(choice)
@@ -298,7 +303,6 @@ def tell(document: Mapping[str, Any], options: argparse.Namespace, progress: Pro
     from scipy.stats import spearmanr
 
     bench = Bench.open(options)
-    test = examples(options.assets, bench.supernet, "test", NUM_TEST)
     runs = {**document["searches"], "int8": plain(bench)}
     volumes: dict[str, Any] = {}
     tested: dict[str, np.ndarray] = {}
@@ -306,7 +310,9 @@ def tell(document: Mapping[str, Any], options: argparse.Namespace, progress: Pro
         progress("test fronts", done, len(runs))
         on_front = [its for its, member in zip(run, pareto.front(points(run)), strict=True) if member]
         on_front = run if name == "int8" else on_front
-        tested[name] = np.array([[100 - top1(bench.rounded(its["choice"]), test), its["bytes"]] for its in on_front])
+        tested[name] = np.array(
+            [[100 - top1(bench.rounded(its["choice"]), bench.test), its["bytes"]] for its in on_front]
+        )
         volumes[name] = {
             "searched_on": pareto.hypervolume(points(run), WORST),
             "test": pareto.hypervolume(tested[name], WORST),

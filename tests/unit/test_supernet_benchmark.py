@@ -74,7 +74,7 @@ def test_a_step_of_the_sandwich_is_three_losses_by_hand(model: Model, images: to
 def bench(model: Model, images: torch.Tensor) -> Any:
     labels = model.module(images).argmax(1)
     valid = elastic.Examples(torch.zeros(5, 3, 16, 16, dtype=torch.uint8), labels, model.preprocess, "none")
-    return supernet.Bench(model, valid, images)
+    return supernet.Bench(model, valid, images, valid)
 
 
 def test_bytes_are_counted_by_hand_and_bits_change_what_is_computed(model: Model, images: torch.Tensor) -> None:
