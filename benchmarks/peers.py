@@ -365,6 +365,13 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def keep(path: Path, document: dict[str, Any], packages: Sequence[str]) -> None:
+    """Writes a document with when that was and on what."""
+    document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    document["environment"] = report.environment(packages)
+    write(path, document)
+
+
 def _describe(ready: Ready, session: Session, probe: np.ndarray) -> dict[str, Any]:
     """What an entry says before it is timed.
 

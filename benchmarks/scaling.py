@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ import peers
 import scaling_nets
 from cifar import ASSETS, CLASSES, MEAN, STD
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline, report
+from martlet.core import pipeline
 from martlet.core.errors import MartletError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
@@ -93,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with working(part) as progress:
                 for found in PARTS[part](document, options.assets, progress):
                     document |= found
-                    document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-                    document["environment"] = report.environment(PACKAGES)
-                    peers.write(options.out, document)
+                    peers.keep(options.out, document, PACKAGES)
     except MartletError as error:
         note(str(error))
         return error.exit_status

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import peers
 from cifar import ASSETS
 from elastic import BLOCKS, DEPTH, HEADS, HIDDEN, SMALLEST, WHOLE, Choice, Elastic, examples, ordered_, subnet
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline, report
+from martlet.core import pipeline
 from martlet.core.errors import MartletError, UsageError
 from martlet.core.kept import Kept
 from martlet.core.model import Model
@@ -79,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def keep(**found: Any) -> None:
         document.update(found)
-        document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-        document["environment"] = report.environment(PACKAGES)
-        peers.write(options.out, document)
+        peers.keep(options.out, document, PACKAGES)
 
     try:
         for part in options.parts:

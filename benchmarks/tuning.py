@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ import train
 from cifar import ASSETS, CLASSES
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline, registry, report, store
+from martlet.core import pipeline, registry, store
 from martlet.core.errors import MartletError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
@@ -93,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with working(part) as progress:
                 for row in PART[part](options.assets, options.ways, document.setdefault(part, []), progress):
                     document[part] = [*(r for r in document[part] if _key(r) != _key(row)), row]
-                    document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-                    document["environment"] = report.environment(PACKAGES)
-                    peers.write(options.out, document)
+                    peers.keep(options.out, document, PACKAGES)
     except MartletError as error:
         note(str(error))
         return error.exit_status
