@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from colors import colors
 from martlet.core import pipeline
 from martlet.core.errors import RecipeError
 from martlet.core.kept import Kept
@@ -84,10 +85,7 @@ def vit(**kwargs) -> Model:
 
 
 def examples(n: int = 30) -> Examples:
-    classes = torch.arange(n) % 3
-    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pixels[torch.arange(n), classes] += 100
-    return Examples(pixels, classes, PREPROCESS, "colors")
+    return colors(PREPROCESS, n)
 
 
 def chosen_by_hand(model: Model, data: Examples, per_class: int) -> tuple[list[int], list[float]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from colors import colors
 from martlet.core import pipeline
 from martlet.core.errors import RecipeError
 from martlet.core.kept import Kept
@@ -38,10 +39,7 @@ def vit(name: str = "timm:vit_tiny_patch16_224", seed: int = 3, **kwargs) -> Mod
 
 
 def examples(n: int = 48) -> Examples:
-    classes = torch.arange(n) % 3
-    pixels = torch.randint(0, 100, (n, 3, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pixels[torch.arange(n), classes] += 100
-    return Examples(pixels, classes, PREPROCESS, "colors")
+    return colors(PREPROCESS, n)
 
 
 class Colors(nn.Module):

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from token_oracle import Choose, Token, images, logits_by_hand, mean, vit
 from torch import Tensor, nn
 
+from colors import colors
 from martlet.core import pipeline, store
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
@@ -121,10 +122,7 @@ def source() -> Model:
 
 
 def examples(n: int = 48) -> Examples:
-    classes = torch.arange(n) % 3
-    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pixels[torch.arange(n), classes] += 100
-    return Examples(pixels, classes, source().preprocess, "colors")
+    return colors(source().preprocess, n)
 
 
 def tuned(*passes) -> Model:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from colors import colors
 from martlet.core import pipeline
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
-from martlet.data.examples import Examples
 from martlet.functional.redundancy import gather, redundancy
 from martlet.nn.side import Tier
 from martlet.source import load_model
@@ -105,11 +105,7 @@ def vit(depth: int = 4) -> Model:
 
 
 def tuned(technique: Sherl, model: Model) -> Model:
-    classes = torch.arange(48) % 3
-    pixels = torch.randint(0, 100, (48, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pixels[torch.arange(48), classes] += 100
-    examples = Examples(pixels, classes, model.preprocess, "colors")
-    return pipeline.run(model, Recipe((technique,)), Context(training=examples, seed=4))
+    return pipeline.run(model, Recipe((technique,)), Context(training=colors(model.preprocess), seed=4))
 
 
 @pytest.mark.parametrize("late", [1, 2])

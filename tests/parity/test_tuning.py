@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from colors import colors
 from martlet.core import pipeline, registry, store
 from martlet.core.errors import RecipeError, UsageError
 from martlet.core.model import Model
@@ -35,10 +36,7 @@ def vit(seed: int = 1, **kwargs) -> Model:
 
 
 def examples(n: int = 48) -> Examples:
-    classes = torch.arange(n) % 3
-    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pixels[torch.arange(n), classes] += 100
-    return Examples(pixels, classes, vit().preprocess, "colors")
+    return colors(vit().preprocess, n)
 
 
 def tuned(technique, model: Model | None = None) -> Model:

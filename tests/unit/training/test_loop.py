@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from colors import colors
 from martlet.core import pipeline
 from martlet.core.errors import DataError, MartletError, NumericsError, RecipeError, UsageError
 from martlet.core.kept import Kept
@@ -37,12 +38,7 @@ def vit(**kwargs) -> Model:
 
 
 def examples(n: int = 48, labels: bool = True) -> Examples:
-    """Images that are red, green or blue, in noise."""
-    generator = torch.Generator().manual_seed(0)
-    classes = torch.arange(n) % 3
-    pixels = torch.randint(0, 100, (n, 3, *SIZE), generator=generator, dtype=torch.uint8)
-    pixels[torch.arange(n), classes] += 100
-    return Examples(pixels, classes if labels else None, PREPROCESS, "colors")
+    return colors(PREPROCESS, n, labels)
 
 
 def trained(technique, context: Context, model: Model | None = None) -> Model:
