@@ -87,13 +87,16 @@ def write_onnx(piece: Piece, path: Path) -> None:
 
 
 def _prepared(module: GraphModule) -> GraphModule:
-    """The same graph, in which each multiplication says its site's name to the exporter, and rolls are lookups.
+    """The same graph, in which each multiplication says its site's name to the exporter, rolls are lookups, and layer
+    norms only normalize where Linears can do the rest.
 
     ONNX has no roll; written as slices that are joined, it would keep OpenVINO from multiplying what follows in int8.
     """
+    from martlet.graph.rewrite.fold import fold_layer_norms_
     from martlet.graph.sites import sites
 
     twin = GraphModule(module, copy.deepcopy(module.graph))
+    fold_layer_norms_(twin)
     for site in list(sites(twin)):
         stack = site.node.meta.get("nn_module_stack") or {}
         site.node.meta["nn_module_stack"] = {**stack, site.name: (site.name, type(site).__name__)}

