@@ -44,10 +44,11 @@ def test_a_fold_that_forgets_the_shift_is_seen():
 
 
 class Norms(nn.Module):
-    """One norm that a Linear without bias reads, and four that must stay."""
+    """Two norms that a Linear reads, one of them without a bias, and four that must stay."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.unbiased, self.last = nn.LayerNorm(6, bias=False), nn.Linear(6, 6)
         self.plain, self.read_twice, self.summed, self.both = (nn.LayerNorm(6) for _ in range(4))
         self.planes = nn.LayerNorm([4, 6])
         self.first = nn.Linear(6, 6, bias=False)
@@ -59,7 +60,7 @@ class Norms(nn.Module):
         x = x + self.shared(self.read_twice(x)) + self.shared(x)
         y = self.summed(x)
         x = self.second(y) + y
-        return self.third(self.planes(self.both(x))).sum(1)
+        return self.last(self.unbiased(self.third(self.planes(self.both(x))))).sum(1)
 
 
 def test_norms_that_something_else_reads_stay():
@@ -69,7 +70,7 @@ def test_norms_that_something_else_reads_stay():
         nn.init.normal_(parameter)
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     graph_module = capture(module, x)
-    assert fold_layer_norms_(graph_module) == 1
+    assert fold_layer_norms_(graph_module) == 2
     assert affine_norms(graph_module) == 4
     assert "first.bias" in dict(graph_module.named_parameters())
     with torch.no_grad():

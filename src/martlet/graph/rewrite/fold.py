@@ -51,7 +51,7 @@ def fold_layer_norms_(graph_module: GraphModule) -> int:
     """
     folded = 0
     for norm in graph_module.graph.find_nodes(op="call_function", target=aten.layer_norm.default):
-        x, axes, gamma, beta, *rest = (*norm.args, None, None) if len(norm.args) < 4 else norm.args
+        x, axes, gamma, beta, *rest = (*norm.args, *(None,) * (4 - len(norm.args)))
         affine = [a for a in (gamma, beta) if a is not None]
         if len(axes) != 1 or not affine or not all(map(_parameter, affine)) or not _linears_alone(norm):  # type: ignore[arg-type]
             continue
@@ -92,12 +92,10 @@ def _absorb_(graph_module: GraphModule, layer: Node, scale: torch.Tensor | None,
 
 def _linears_alone(norm: Node) -> bool:
     """Whether all that reads it are Linears, whose weights and biases nothing else uses."""
-    return all(
-        user.target is aten.linear.default
-        and user.args[0] is norm
-        and all(_parameter(a) and len(a.users) == 1 for a in user.args[1:] if a is not None)
-        for user in norm.users
-    )
+    if any(user.target is not aten.linear.default or user.args[0] is not norm for user in norm.users):
+        return False
+    own = [a for user in norm.users for a in user.args[1:] if a is not None]
+    return all(isinstance(a, Node) and _parameter(a) and len(a.users) == 1 for a in own)
 
 
 def _parameter(node: object) -> bool:
