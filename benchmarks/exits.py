@@ -41,25 +41,26 @@ from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
+from martlet.engine.base import Piece, cores
 from martlet.functional.exits import Budget, Plan, decide, plan, solve
-from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
+from martlet.graph.stages import cumulative_macs, leaves, run, stages, unstaged, window
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 
-HOST = ("[resolution: {size: 160}]", "[finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}]")
+HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
 TRAINING = "{epochs: 4.0, batch: 64, precision: bf16}"
 EXITS = {
-    "linear_exits": f"[linear_exits: {TRAINING}]",
-    "lgvit": f"[lgvit: {TRAINING}]",
-    "lgvit, int8": f"[lgvit: {TRAINING}, int8]",
-    "mue": "[mue]",
-    "dyn_perceiver": f"[dyn_perceiver: {TRAINING}]",
+    "linear_exits": (f"linear_exits: {TRAINING}",),
+    "lgvit": (f"lgvit: {TRAINING}",),
+    "lgvit, int8": (f"lgvit: {TRAINING}", "int8"),
+    "mue": ("mue",),
+    "dyn_perceiver": (f"dyn_perceiver: {TRAINING}",),
 }
-"""Passes on the host, by the name of the row."""
+"""Passes on the host, by the name of the row: exits, and what else is done, also to what they are timed against."""
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Mean budgets, of what the last exit costs."""
 DROPS = (0.5, 1.0, 2.0)
@@ -70,6 +71,8 @@ MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
 MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
 PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
+ONE = "one"
+"""What the files are called of a graph that computes all exits."""
 TIMED, TIMED_DROP = 64, 0.5
 """Images, and points that may be lost on the calibration images by what is timed: on others, it is more."""
 Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
@@ -114,7 +117,7 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
     test = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
     kept = Kept.beside(out)
     if not (work / store.MANIFEST).is_file():
-        smaller, learn = (Recipe.from_yaml(f"martlet: 1\npasses: {passes}") for passes in HOST)
+        smaller, learn = map(recipe, HOST)
         source = pipeline.run(tuning.base(assets), smaller, Context(progress=progress))
         training = Examples.read(train, source.preprocess, CLASSES, progress)
         model = pipeline.run(source, learn, Context(training=training, progress=progress, kept=kept))
@@ -133,17 +136,25 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
     return source, context, test
 
 
-def tuned(work: Path, passes: str, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def tuned(work: Path, passes: Sequence[str], part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """A row of the ViT-Ti."""
     source, context, test = prepared(work, assets, out, progress)
-    model = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {passes}"), context)
-    return judge(source, pipeline.traced(model), context.images, test, part, progress)
+    model = pipeline.run(source, recipe(*passes), context)
+    plain = pipeline.run(source, recipe(*passes[1:]), context)
+    return judge(plain, pipeline.traced(model), context.images, test, part, progress)
+
+
+def recipe(*passes: str) -> Recipe:
+    """Of passes as YAML."""
+    return Recipe.from_yaml(
+        f"martlet: 1\npasses: [{', '.join(f'{{{each}}}' if ':' in each else each for each in passes)}]"
+    )
 
 
 def gated(work: Path, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """A gate on the exits of LGViT, with what it lets go at each balance."""
     source, context, test = prepared(work, assets, out, progress)
-    exits = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {EXITS['lgvit']}"), context)
+    exits = pipeline.run(source, recipe(*EXITS["lgvit"]), context)
     rows, row = [], {}
     for beta in BETAS:
         model = pipeline.traced(pipeline.run(exits, Recipe((EcoM2F(beta=beta),)), context))
@@ -174,8 +185,8 @@ def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str,
     images = open_images(assets / "data" / "imagenet1k-val-227px" / "test.parquet")
     calib, test = images.split(len(images) // 2, seed=0)
     calibration = Calibration(calib, source.preprocess, n=len(calib), seed=0)
-    recipe = Recipe.from_yaml(f"martlet: 1\npasses: [{{cascade: {{first: ['{MEMBERS[0]}={first}']}}}}]")
-    model = pipeline.run(source, recipe, Context(images=calibration, progress=progress))
+    members = recipe(f"cascade: {{first: ['{MEMBERS[0]}={first}']}}")
+    model = pipeline.run(source, members, Context(images=calibration, progress=progress))
     found = judge(source, model, calibration, test, part, progress)
     if part == "accuracy":
         alone = load_model(MEMBERS[0], weights=first)
@@ -250,7 +261,8 @@ def timed(
     progress: Progress,
     seed: int,
 ) -> dict[str, Any]:
-    """Mean milliseconds of an image on OpenVINO: the untouched model, with exits, and none leaving."""
+    """Mean milliseconds of an image on OpenVINO: the untouched model, with exits, none leaving, and one graph that
+    computes all that the stages do, so that what the runtime costs stands apart from what heads cost."""
     solved = solve(confidences, right, gmacs, Budget(lost=TIMED_DROP / 100))
     assert solved is not None
     for exit_, threshold in zip(leaves(model.module), solved.thresholds, strict=True):  # type: ignore[arg-type]
@@ -264,10 +276,14 @@ def timed(
             path = Path(folder, which)
             path.mkdir()
             store.seal(path, its, "openvino", store.write_model(path, its, target))
+        whole = unstaged(model.module)  # type: ignore[arg-type]
+        example = torch.zeros(2, 3, *model.preprocess.size)
+        target.write(Piece(model, whole.module, (example,), whole.inputs, whole.outputs), Path(folder), ONE)
         for batch in BATCHES:
             sessions = {which: target.open(Path(folder, which), batch=batch) for which in ("source", "staged")}
             sessions["never"] = target.open(Path(folder, "staged"), batch=batch)
             sessions["never"].leaving = False  # type: ignore[attr-defined]
+            sessions["one graph"] = target.sessions(Path(folder), {ONE: [batch]}, "f32", cores(), False)[ONE][batch]
             groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
             runs = {which: functools.partial(_each, session, groups) for which, session in sessions.items()}
             ms = latency.interleave(runs, seed=seed, progress=progress)
@@ -275,6 +291,7 @@ def timed(
                 which: {
                     "ms": latency.summary(times / len(groups) / batch),
                     "speedup": latency.ratio(ms["source"], times, seed),
+                    "over_one_graph": latency.ratio(ms["one graph"], times, seed),
                 }
                 for which, times in ms.items()
             }

@@ -65,10 +65,7 @@ def stages(graph_module: GraphModule) -> list[Stage]:
 
     What follows from no image, such as rounded weights, is in every stage that needs it.
     """
-    exits = leaves(graph_module)
-    last = exits[-1].node.args[2] if exits else _result(graph_module)
-    assert isinstance(last, Node)
-    ends: list[tuple[Node, ...]] = [*((each.logits, each.confidence) for each in exits), (last,)]
+    ends = _ends(graph_module)
     varies = _varying(graph_module)
     [images] = graph_module.graph.find_nodes(op="placeholder")
     made_in = {images: -1}  # the stage that computes a value
@@ -90,6 +87,12 @@ def stages(graph_module: GraphModule) -> list[Stage]:
         inputs = sorted(needs[k], key=order.__getitem__)
         found.append(_cut(graph_module, inputs, [*nodes, *crossing], images))
     return found
+
+
+def unstaged(graph_module: GraphModule) -> Stage:
+    """The whole as one graph that computes everything: every exit's logits and confidence, then the last logits."""
+    [images] = graph_module.graph.find_nodes(op="placeholder")
+    return _cut(graph_module, [images], [node for nodes in _ends(graph_module) for node in nodes], images)
 
 
 def run(parts: Sequence[Stage], images: Tensor) -> list[dict[str, Tensor]]:
@@ -125,6 +128,14 @@ def cumulative_macs(parts: Sequence[Stage], size: tuple[int, int]) -> list[int]:
         total += sum(node.macs for node in macs_by_node(part.module, shapes).values())
         found.append(total)
     return found
+
+
+def _ends(graph_module: GraphModule) -> list[tuple[Node, ...]]:
+    """What each stage is there for: the logits and the confidence of an exit, and the last logits."""
+    exits = leaves(graph_module)
+    last = exits[-1].node.args[2] if exits else _result(graph_module)
+    assert isinstance(last, Node)
+    return [*((each.logits, each.confidence) for each in exits), (last,)]
 
 
 def _cut(graph_module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node], images: Node) -> Stage:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from martlet.graph.stages import cumulative_macs, leaves, run, stages, window
+from martlet.graph.stages import cumulative_macs, leaves, run, stages, unstaged, window
 from martlet.graph.trace import trace
 from martlet.nn.exits import Exit, has_exits, leave, top_probability
 
@@ -42,6 +42,18 @@ def test_a_stage_has_what_its_exit_needs_and_no_earlier_one_has_computed():
     assert set(parts[2].inputs) == {parts[0].outputs[2], parts[1].outputs[2]}
     names = [{name.partition(".")[0] for name, _ in part.module.named_parameters()} for part in parts]
     assert names == [{"stem", "exits"}, {"second", "exits"}, {"third"}]
+
+
+def test_one_graph_gives_what_all_stages_give():
+    graph = traced()
+    images = torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    whole = unstaged(graph)
+    assert whole.inputs == ("images",)
+    with torch.no_grad():
+        found = dict(zip(whole.outputs, whole.module(images), strict=True))
+        wanted = [dict(list(given.items())[:2]) for given in run(stages(graph), images)]
+    assert [*found] == [name for given in wanted for name in given]
+    assert all(torch.equal(found[name], value) for given in wanted for name, value in given.items())
 
 
 class Splits(Skips):
