@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 from martlet.core import pipeline, store
 from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Progress, Technique
+from martlet.core.technique import Progress
 from martlet.recipe_search import peers
 from martlet.recipe_search.folder import Folder
+from martlet.recipe_search.fronts import Fronts
 from martlet.recipe_search.limits import Limits, Values
 from martlet.recipe_search.measure import FLOAT, Measure
 from martlet.recipe_search.predict import Clock
+from martlet.recipe_search.promising import promising
 from martlet.recipe_search.recipes import Recipes, split, spread
-from martlet.recipe_search.record import Record
 from martlet.recipe_search.screen import Screen, reason
-from martlet.recipe_search.space import First, front
+from martlet.recipe_search.space import front
 from martlet.recipe_search.study import Study, objectives
 
 if TYPE_CHECKING:
@@ -31,18 +32,14 @@ if TYPE_CHECKING:
     from martlet.data.calibration import Calibration
     from martlet.data.images import Images
 
-FRONT = 12
-"""Values of a front that are drawn from."""
-FAR = 2.0
-"""Times the drop that is allowed is where a front ends that is drawn from."""
 COLLAPSED_PCT = 50.0
 """Of agreement: what keeps less isn't drawn again, where no drop is told."""
-FRONT_SHARE = 0.2
-"""Of the time, at most, in which one front is found; what is found by then is drawn from."""
 PROMOTED = 2
 """Of a batch and all before it, how many are compressed for good and measured on the engine."""
 FINALISTS = 8
 """Of the front, how many are measured on images that no search has seen; the winner is one of them."""
+FRONT_SHARE = 0.2
+"""Of the time, at most, in which one front is found; what is found by then is drawn from."""
 IDLE = 4
 """Batches without anything new, after which the space counts as known."""
 PROOF_SECONDS = 60.0
@@ -50,10 +47,6 @@ PROOF_SECONDS = 60.0
 
 
 Evaluate = Callable[[Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
-
-
-class OutOfTime(Exception):
-    """Raised by a progress, to leave work that takes too long."""
 
 
 @dataclass
@@ -180,7 +173,7 @@ class Journey:
     def find_fronts(self) -> None:
         """What techniques have to be measured for before their settings can be drawn; then one of each on the engine,
         which tells what less work gains there."""
-        measured = set[str]()
+        measured, fronts = set[str](), Fronts(self.folder, self.limits, self.recipes, self.screen, self.measure)
         for name, part in self.recipes.parts.items():
             kind = part.choices.front
             if kind is None or self._beaten(name):
@@ -188,21 +181,13 @@ class Journey:
             stands_for_all = kind.basis if kind.basis in self.recipes.parts else None
             first = next(n for n, p in self.recipes.parts.items() if p.choices.front is kind)
             stands = stands_for_all or first
-            found = self._front(stands) or []
-            if front := found if name == stands else [s for s in found if self._takes(part.technique, s)]:
+            found = fronts.find(stands, FRONT_SHARE * 60 * self.minutes if self.minutes else inf, self.progress)
+            if front := found if name == stands else [s for s in found if fronts.takes(part.technique, s)]:
                 self.recipes.fronts[name] = front
                 measured.add(stands)
             self.note()
         starts = [self.recipes.alone(start) for start in self.recipes.starts()]
         self._measure([recipe for names, recipe in starts if len(names) == 1 and names <= measured])
-
-    def _takes(self, technique: Technique, settings: Mapping[str, Any]) -> bool:
-        """Whether settings that were found for another technique are possible for this one."""
-        try:
-            replace(technique, **settings).check(self.measure.source)
-        except MartletError:
-            return False
-        return True
 
     def _beaten(self, name: str) -> bool:
         """Whether a technique makes nothing better: each reference that has it is beaten by one that hasn't."""
@@ -215,9 +200,9 @@ class Journey:
         )
 
     def out(self) -> frozenset[str]:
-        """Techniques that aren't drawn again: alone they can't be, lose FAR times what is allowed, or gain nothing.
+        """Techniques that aren't drawn again: alone they can't be, lose far more than is allowed, or gain nothing.
 
-        Where no drop is told, FAR is where most answers are others than the untouched model's.
+        Where no drop is told, far is where most answers are others than the untouched model's.
         """
         starts = [self.recipes.alone(start) for start in self.recipes.starts()]
         base = next((self._screened(recipe) for names, recipe in starts if not names), None)
@@ -236,7 +221,7 @@ class Journey:
             values, most = self._predicted(entry, clock), self.limits.max_drop
             if all(values[axis] >= plain[axis] for axis in axes):
                 continue
-            if values["agreement_pct"] >= COLLAPSED_PCT if most is None else values["drop_pct"] <= FAR * most:
+            if values["agreement_pct"] >= COLLAPSED_PCT if most is None else values["drop_pct"] <= self.limits.far:
                 passed |= names
         return frozenset(seen - passed)
 
@@ -359,47 +344,6 @@ class Journey:
 
         return size.weight_bytes(self.measure.source.module)
 
-    def _front(self, name: str) -> list[dict[str, Any]] | None:
-        """Settings of a technique on the front of its space; None if there was no time, or the model can't take it."""
-        recipe = self.recipes.plain(name, "bf16")
-        position = next(i for i, technique in enumerate(recipe.passes) if technique.name == name)
-        kind = self.recipes.parts[name].choices.front
-        path = self.folder.path / "fronts" / f"{name}.json"
-        assert kind is not None
-        record = Record(path, self.folder.get("fronts", name) or {})
-        if "front" in record.data:
-            return record.data["front"]
-        m, until = self.measure, self.seconds + FRONT_SHARE * 60 * (self.minutes or inf)
-
-        def progress(what: str, done: int, total: int) -> None:
-            if self.seconds > until:
-                raise OutOfTime
-            self.progress(what, done, total)
-
-        space = kind(
-            m.source, recipe, position, m.engine, First(m.pool, 64), self.screen.calibration, m.threads, m.seed,
-            progress, record,
-        )  # fmt: skip
-        try:
-            space.time()
-            space.judge()
-        except OutOfTime:
-            record.data["why"] = "there was no time for more"
-        except MartletError as error:
-            record.data["why"] = str(error)
-        own, found = recipe.passes[position], []
-        worst = inf if self.limits.max_drop is None else FAR * self.limits.max_drop
-        fastest = space.front() if space.losses else []
-        near = [chosen for chosen in fastest if space.loss(chosen).drop_pct <= worst]
-        for chosen in spread(near or fastest, FRONT):
-            passes = space.candidate(chosen).passes
-            technique = passes[position] if position < len(passes) else None
-            if technique is not None and technique.name == own.name:
-                found.append({k: v for k, v in technique.settings().items() if v != own.settings().get(k)})
-        record.data["front"] = found or None
-        record.save()
-        return found or None
-
     def _screen(self, recipes: Sequence[Recipe]) -> int | None:
         """Screens those that aren't yet. How many those were; None if time ran out before all were done."""
         wanted = {r.digest(): r for r in (split(recipe)[0] for recipe in recipes)}
@@ -451,31 +395,3 @@ class Journey:
             both = m.engine, m.source, compressed, graphs
             duel = Duel(*both, plain, folder, plain_files, files, m.threads, m.seed, self.progress)
             prove(duel, self.held_out, self.calibration, Stages(), self.limits.max_drop, self.command)
-
-
-def promising(fresh: Sequence[Values], measured: Sequence[Values], limits: Limits, n: int) -> list[Values]:
-    """Of those not measured, at most n of the front of all: the best within the limits, then where the gap is widest.
-
-    Predictions and measurements stand beside each other as they are.
-    """
-    ms, kl = (lambda v: v["latency_ms"]), (lambda v: v["kl"])
-    best = front([*fresh, *measured], ms, kl)
-    open_ = [entry for entry in best if any(entry is other for other in fresh)]
-    chosen: list[Values] = []
-    while open_ and len(chosen) < n:
-        kept = [entry for entry in open_ if limits.keeps(entry)]
-        if chosen:
-            pick = max(open_, key=lambda entry: _gap(entry, best))
-        else:
-            pick = min(kept, key=limits.price) if kept else limits.nearest(open_)
-        chosen.append(pick)
-        open_ = [entry for entry in open_ if entry is not pick]
-    return chosen
-
-
-def _gap(entry: Values, best: Sequence[Values]) -> float:
-    """How much of the front's box this member alone dominates, a share of it."""
-    i = next(i for i, other in enumerate(best) if other is entry)
-    if i in (0, len(best) - 1):
-        return 1.0
-    return (best[i + 1]["latency_ms"] / entry["latency_ms"] - 1) * (best[i - 1]["kl"] - entry["kl"])

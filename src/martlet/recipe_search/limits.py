@@ -10,6 +10,8 @@ from typing import Any
 from martlet.core.errors import UsageError
 from martlet.recipe_search.confidence import Z
 
+FAR = 2.0
+"""Times the drop that is allowed: what loses more than that isn't drawn from."""
 Values = Mapping[str, Any]
 """Of a point: `drop_pct`, `latency_ms`, `file_bytes`, and `drop_high_pct`, the upper end of its interval."""
 
@@ -36,6 +38,11 @@ class Limits:
         for option, value in (("--latency-ms", self.latency_ms), ("--size-mb", self.size_mb)):
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{option} is a positive number, not {value:g}; nothing could keep it")
+
+    @property
+    def far(self) -> float:
+        """Points of top-1 beyond which nothing is drawn from; infinite where the drop has no limit."""
+        return math.inf if self.max_drop is None else FAR * self.max_drop
 
     def over(self, values: Values, sure: bool = False) -> dict[str, float]:
         """By limit, how far past it, as a share of it; negative is within.

@@ -8,8 +8,8 @@ from martlet.core.errors import ArtifactError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.recipe_search import folder as folders
 from martlet.recipe_search.folder import Folder
-from martlet.recipe_search.journey import COLLAPSED_PCT, FAR, FINALISTS, Journey
-from martlet.recipe_search.limits import Limits
+from martlet.recipe_search.journey import COLLAPSED_PCT, FINALISTS, Journey
+from martlet.recipe_search.limits import FAR, Limits
 from martlet.recipe_search.screen import reason, screened
 
 JOB = {"model": {"name": "a"}, "code": {"digest": "1"}, "seed": 0}
