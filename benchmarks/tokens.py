@@ -1,4 +1,4 @@
-"""Fewer tokens, timed: NNCF's int8, Martlet's int8, and schedules of fewer tokens over it, interleaved on OpenVINO.
+"""Fewer tokens, timed: NNCF's int8, Martlet's int8 and bf16, with all tokens and with fewer, interleaved on OpenVINO.
 
     python benchmarks/tokens.py                              # every case: some twenty minutes on two cores
     python benchmarks/tokens.py --cases "vit_tiny 224, batch 1"
@@ -50,12 +50,14 @@ TURN = 10
 class Workload:
     """A timm model at one size and batch. weights: a file of the assets, None for seeded random ones.
 
-    schedules: tokens removed by block, by `tps`, whose time and accuracy is asked for.
+    image_size: pixels of a side, if not the model's own; position embeddings are resampled.
+    schedules: tokens removed by block, by `tps`, whose time and accuracy is asked for, in int8 and in bf16.
     """
 
     name: str
     model: str
     batch: int = 1
+    image_size: int | None = None
     weights: str | None = None
     schedules: tuple[Mapping[int, int], ...] = field(default_factory=tuple)
 
@@ -68,7 +70,13 @@ FASTEST_384 = {3: 192, 6: 192}
 WORKLOADS = (
     Workload(name="vit_tiny 224, batch 1", model="vit_tiny_patch16_224", weights=VIT_TINY, schedules=(FASTEST,)),
     Workload(name="deit_small 224, batch 1", model="deit_small_patch16_224", schedules=(FASTEST,)),
-    Workload(name="vit_tiny 384, batch 1", model="vit_tiny_patch16_384", schedules=(FASTEST_384,)),
+    Workload(
+        name="vit_tiny 384, batch 1",
+        model="vit_tiny_patch16_224",
+        image_size=384,
+        weights=VIT_TINY,
+        schedules=(FASTEST_384,),
+    ),
     Workload(name="vit_tiny 224, batch 8", model="vit_tiny_patch16_224", batch=8, schedules=(FASTEST,)),
     Workload(name="deit_small 224, batch 8", model="deit_small_patch16_224", batch=8, schedules=(FASTEST,)),
 )
@@ -121,7 +129,8 @@ def run(workload: Workload, assets: Path, settings: Settings, progress: Progress
     torch.set_num_threads(settings.threads)
     start = time.perf_counter()
     weights = assets / "weights" / workload.weights if workload.weights else None
-    model = load_model(f"timm:{workload.model}", weights=weights, seed=settings.seed)
+    size = {"img_size": workload.image_size} if workload.image_size else None
+    model = load_model(f"timm:{workload.model}", weights=weights, model_kwargs=size, seed=settings.seed)
     n = settings.calibration_images if weights else settings.calibration_images_random
     pool, rest = open_images(peers._images(assets, peers.VALIDATION)).split(peers.HELD_OUT, settings.seed)
     calibration = Calibration(pool, model.preprocess, n=n, batch_size=8, seed=settings.seed)
@@ -175,7 +184,10 @@ def run(workload: Workload, assets: Path, settings: Settings, progress: Progress
 def contenders(
     model: Model, calibration: Calibration, workload: Workload, settings: Settings
 ) -> Iterator[tuple[str, Callable[[Path], str]]]:
-    """Each name, and what writes its files into a folder and says the precision of its floating-point parts."""
+    """Each name, and what writes its files into a folder and says the precision of its floating-point parts.
+
+    bf16 is left out where the machine has no instructions for it.
+    """
     engine = engines.get("openvino")
 
     def nncf(folder: Path) -> str:
@@ -207,15 +219,18 @@ def contenders(
         return write
 
     yield NNCF, nncf
-    fuse, *others = (int8 := Recipe.load("int8")).passes
-    yield INT8, martlet(int8)
+    formats = {INT8: Recipe.load("int8").passes[1:]}
+    if "bf16" in engine.alternatives():
+        formats["bf16"] = (registry.technique("bf16")(),)
+    fuse = registry.technique("fuse")()
+    for name, passes in formats.items():
+        yield name, martlet(Recipe((fuse, *passes)))
     yield "tokens-int8", martlet(Recipe.load("tokens-int8"))
     for schedule in workload.schedules:
         text = ", ".join(f"{block}: {r}" for block, r in schedule.items())
-        yield (
-            f"int8, tps {{{text}}}",
-            martlet(Recipe((fuse, registry.technique("tps").from_settings({"r": schedule}), *others))),
-        )
+        tps = registry.technique("tps").from_settings({"r": schedule})
+        for name, passes in formats.items():
+            yield f"{name}, tps {{{text}}}", martlet(Recipe((fuse, tps, *passes)))
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, np.ndarray]:
