@@ -42,8 +42,9 @@ from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
 from martlet.engine.base import Piece, cores
+from martlet.engine.staged import read_policy, write_policy
 from martlet.functional.exits import Budget, Plan, decide, plan, solve
-from martlet.graph.stages import cumulative_macs, leaves, run, stages, unstaged, window
+from martlet.graph.stages import cumulative_macs, leaves, run, stages, unstaged
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
 from martlet.source import load_model
@@ -73,8 +74,8 @@ PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 ONE = "one"
 """What the files are called of a graph that computes all exits."""
-TIMED, TIMED_DROP = 64, 0.5
-"""Images, and points that may be lost on the calibration images by what is timed: on others, it is more."""
+TIMED = 64
+"""Images."""
 Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
 
 
@@ -261,14 +262,14 @@ def timed(
     progress: Progress,
     seed: int,
 ) -> dict[str, Any]:
-    """Mean milliseconds of an image on OpenVINO: the untouched model, with exits, none leaving, and one graph that
-    computes all that the stages do, so that what the runtime costs stands apart from what heads cost."""
-    solved = solve(confidences, right, gmacs, Budget(lost=TIMED_DROP / 100))
-    assert solved is not None
-    for exit_, threshold in zip(leaves(model.module), solved.thresholds, strict=True):  # type: ignore[arg-type]
-        window(model.module, exit_).copy_(torch.tensor([-np.inf, threshold]))  # type: ignore[arg-type]
+    """Mean milliseconds of an image on OpenVINO: the untouched model, with exits at each number of points lost, none
+    leaving, and one graph that computes all that the stages do, so that what the runtime costs stands apart from what
+    heads cost."""
+    solved = {f"staged at {drop:g}": solve(confidences, right, gmacs, Budget(lost=drop / 100)) for drop in DROPS}
+    policies = {which: found for which, found in solved.items() if found is not None}
+    strictest = next(iter(policies.values())).thresholds
     unseen = ask(parts, _labelled(test, model), progress)
-    exits = decide(unseen["confidences"], solved.thresholds)
+    exits = decide(unseen["confidences"], strictest)
     images = pick(test, model.preprocess, spread(exits, TIMED), seed)
     target, found = engines.get("openvino"), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -276,11 +277,15 @@ def timed(
             path = Path(folder, which)
             path.mkdir()
             store.seal(path, its, "openvino", store.write_model(path, its, target))
+        for which, plan_ in policies.items():
+            path = shutil.copytree(Path(folder, "staged"), Path(folder, which), dirs_exist_ok=True)
+            steps = zip(read_policy(path), [*plan_.thresholds, np.inf], strict=True)
+            write_policy(path, [step._replace(high=float(high)) for step, high in steps])
         whole = unstaged(model.module)  # type: ignore[arg-type]
         example = torch.zeros(2, 3, *model.preprocess.size)
         target.write(Piece(model, whole.module, (example,), whole.inputs, whole.outputs), Path(folder), ONE)
         for batch in BATCHES:
-            sessions = {which: target.open(Path(folder, which), batch=batch) for which in ("source", "staged")}
+            sessions = {which: target.open(Path(folder, which), batch=batch) for which in ("source", *policies)}
             sessions["never"] = target.open(Path(folder, "staged"), batch=batch)
             sessions["never"].leaving = False  # type: ignore[attr-defined]
             sessions["one graph"] = target.sessions(Path(folder), {ONE: [batch]}, "f32", cores(), False)[ONE][batch]
@@ -295,10 +300,12 @@ def timed(
                 }
                 for which, times in ms.items()
             }
-    there = plan(unseen["confidences"], unseen["answers"] == unseen["labels"], gmacs, solved.thresholds)
+    truth = unseen["answers"] == unseen["labels"]
     return {
-        "thresholds": [str(t) for t in solved.thresholds],
-        "test": _test(there),
+        "thresholds": {which: [str(t) for t in its.thresholds] for which, its in policies.items()},
+        "test": {
+            which: _test(plan(unseen["confidences"], truth, gmacs, its.thresholds)) for which, its in policies.items()
+        },
         "batches": found,
         "environment": report.environment(),
     }
