@@ -4,6 +4,7 @@
     python benchmarks/token_studies.py features      # at 384 pixels: how close all tokens are given back
     python benchmarks/token_studies.py learned       # a small model tuned after each, on CIFAR-10: half an hour
     python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
+    python benchmarks/token_studies.py throughput    # of training that skips, and of packed images; a quiet machine
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Accuracy and features are
 PyTorch's, in float32, from ViT-Ti's real weights on the real images of --assets; times are of random weights. What is
@@ -38,6 +39,7 @@ from martlet.measure.fidelity import fidelity
 from martlet.measure.macs import macs
 from martlet.recipe_search.space import expected_drop_pct
 from martlet.source import load_model
+from token_throughput import throughput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
-PARTS = ("accuracy", "features", "learned", "times")
+PARTS = ("accuracy", "features", "learned", "times", "throughput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit status."""
     options = _options(argv)
     settings = Settings(seconds=options.seconds)
-    runs = {"accuracy": accuracy, "features": features, "learned": learned, "times": times}
+    runs = {"accuracy": accuracy, "features": features, "learned": learned, "times": times, "throughput": throughput}
     try:
         document = peers.open_document(options.out, settings, "token_studies", "entries")
         for part in options.parts:
@@ -375,6 +377,8 @@ def _text(case: Case) -> str:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
+    if "macs" not in entry:
+        return f"{entry['name']}: {entry['speedup']['median']:.2f} times as fast"
     share = f"{entry['macs'] / 1e9:.2f} of {entry['macs_float'] / 1e9:.2f} GMACs"
     if "top1_pct" in entry:
         return f"{entry['name']}: {entry['top1_pct']:.2f} % of {entry['top1_float_pct']:.2f} %, {share}"
