@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
+from martlet.data.batches import batches
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
-from martlet.engine.base import Piece, cores
-from martlet.engine.staged import read_policy, write_policy
+from martlet.engine.base import IMAGES, Piece, cores
+from martlet.engine.staged import StagedSession, read_policy, write_policy
 from martlet.functional.exits import Budget, Plan, decide, plan, solve
-from martlet.graph.stages import cumulative_macs, leaves, run, stages, unstaged
+from martlet.graph.stages import unstaged
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
 from martlet.source import load_model
@@ -74,8 +75,8 @@ PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 ONE = "one"
 """What the files are called of a graph that computes all exits."""
-TIMED = 64
-"""Images."""
+TIMED, ASKED = 64, 16
+"""Images that are timed, and of a batch that all exits are asked for."""
 Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
 
 
@@ -142,6 +143,7 @@ def tuned(work: Path, passes: Sequence[str], part: str, assets: Path, out: Path,
     source, context, test = prepared(work, assets, out, progress)
     model = pipeline.run(source, recipe(*passes), context)
     plain = pipeline.run(source, recipe(*passes[1:]), context)
+    assert isinstance(context.images, Calibration)
     return judge(plain, pipeline.traced(model), context.images, test, part, progress)
 
 
@@ -159,10 +161,10 @@ def gated(work: Path, part: str, assets: Path, out: Path, progress: Progress) ->
     rows, row = [], {}
     for beta in BETAS:
         model = pipeline.traced(pipeline.run(exits, Recipe((EcoM2F(beta=beta),)), context))
-        parts, limits = stages(model.module), [LIKELIEST[1]] * len(leaves(model.module))  # type: ignore[arg-type]
-        gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
-        unseen = ask(parts, _labelled(test, model), progress)
-        truth = unseen["answers"] == unseen["labels"]
+        with tempfile.TemporaryDirectory() as folder:
+            session = opened(model, Path(folder, "staged"))
+            gmacs, unseen = costs(session), ask(session, batches(test, model.preprocess, ASKED), progress)
+        truth, limits = unseen["answers"] == unseen["labels"], [LIKELIEST[1]] * (len(gmacs) - 1)
         rows.append({"beta": beta, "test": _test(plan(unseen["confidences"], truth, gmacs, limits))})
         row = {
             "model": model.name,
@@ -196,31 +198,41 @@ def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str,
 
 
 def judge(
-    source: Model, model: Model, images: Any, test: Images, part: str, progress: Progress, seed: int = 0
+    source: Model, model: Model, images: Calibration, test: Images, part: str, progress: Progress
 ) -> dict[str, Any]:
     """model: traced, with exits that no image takes yet."""
-    parts = stages(model.module)  # type: ignore[arg-type]
-    gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
-    seen = ask(parts, ((batch, None) for batch in images), progress)
-    right = seen["answers"] == images.labels
-    if part == "latency":
-        return timed(source, model, parts, seen["confidences"], right, gmacs, test, progress, seed)
-    unseen = ask(parts, _labelled(test, model), progress)
-    truth = unseen["answers"] == unseen["labels"]
+    with tempfile.TemporaryDirectory() as folder:
+        session = opened(model, Path(folder, "staged"))
+        gmacs = costs(session)
+        seen = ask(session, ((batch.numpy(), None, None) for batch in images), progress)
+        unseen = ask(session, batches(test, model.preprocess, ASKED), progress)
+        right, truth = seen["answers"] == images.labels, unseen["answers"] == unseen["labels"]
+        if part == "latency":
+            budgets = {f"staged at {drop:g}": Budget(lost=drop / 100) for drop in DROPS}
+            solved = {which: solve(seen["confidences"], right, gmacs, budget) for which, budget in budgets.items()}
+            policies = {which: found.thresholds for which, found in solved.items() if found is not None}
+            return {
+                "thresholds": {which: [str(t) for t in limits] for which, limits in policies.items()},
+                "test": {
+                    which: _test(plan(unseen["confidences"], truth, gmacs, limits))
+                    for which, limits in policies.items()
+                },
+                "batches": timed(source, model, Path(folder), policies, unseen["confidences"], test, progress),
+                "environment": report.environment(),
+            }
     rows = []
     for kind, values in (("mean", [share * gmacs[-1] for share in SHARES]), ("drop", DROPS)):
         for value in values:
             budget = Budget(mean=value) if kind == "mean" else Budget(lost=value / 100)
-            solved = solve(seen["confidences"], right, gmacs, budget)
-            if solved is None or (kind == "mean" and value < gmacs[0]):
+            found = solve(seen["confidences"], right, gmacs, budget)
+            if found is None or (kind == "mean" and value < gmacs[0]):
                 continue
-            there = plan(unseen["confidences"], truth, gmacs, solved.thresholds)
             rows.append(
                 {
                     kind: value,
-                    "thresholds": [str(each) for each in solved.thresholds],
-                    "calibration": {"gmacs": solved.cost, "top1_pct": 100 * (1 - solved.wrong)},
-                    "test": _test(there),
+                    "thresholds": [str(each) for each in found.thresholds],
+                    "calibration": {"gmacs": found.cost, "top1_pct": 100 * (1 - found.wrong)},
+                    "test": _test(plan(unseen["confidences"], truth, gmacs, found.thresholds)),
                 }
             )
     return {
@@ -234,14 +246,37 @@ def judge(
     }
 
 
-def ask(parts: Sequence[Any], batches: Any, progress: Progress) -> dict[str, np.ndarray]:
-    """Every exit's confidence (E, N) and answer (E + 1, N), and the labels."""
+def written(model: Model, path: Path) -> Path:
+    """The artifact for OpenVINO."""
+    path.mkdir()
+    store.seal(path, model, "openvino", store.write_model(path, model, engines.get("openvino")))
+    return path
+
+
+def opened(model: Model, path: Path) -> StagedSession:
+    """The artifact, and what asks its stages."""
+    session = engines.get("openvino").open(written(model, path), batch=ASKED)
+    assert isinstance(session, StagedSession)
+    return session
+
+
+def costs(session: StagedSession) -> np.ndarray:
+    """GMACs of an image that leaves at each exit, and at the end."""
+    return np.array([step.macs for step in session.steps]) / 1e9
+
+
+def ask(session: StagedSession, groups: Iterable[Any], progress: Progress) -> dict[str, np.ndarray]:
+    """Every exit's confidence (E, N) and answer (E + 1, N), as the engine gives them, and the labels."""
     confidences, answers, labels = [], [], []
-    for i, (batch, known) in enumerate(batches):
-        with torch.inference_mode():
-            found = [[*given.values()] for given in run(parts, batch)]
-        confidences.append(np.stack([values[1].numpy() for values in found[:-1]]))
-        answers.append(np.stack([values[0].argmax(1).numpy() for values in found]))
+    for i, (images, known, _) in enumerate(groups):
+        whole = np.concatenate([images, np.zeros((ASKED - len(images), *images.shape[1:]), images.dtype)])
+        values, found = {IMAGES: whole}, []
+        for step, stage in zip(session.steps, session.stages(), strict=True):
+            given = [np.array(each) for each in stage.run([values[name] for name in step.inputs])]
+            values |= zip(step.outputs, given, strict=True)
+            found.append([each[: len(images)] for each in given])
+        confidences.append(np.stack([values[1] for values in found[:-1]]))
+        answers.append(np.stack([values[0].argmax(1) for values in found]))
         labels += known or []
         progress("batches through every exit", i, i + 1)
     return {
@@ -254,61 +289,46 @@ def ask(parts: Sequence[Any], batches: Any, progress: Progress) -> dict[str, np.
 def timed(
     source: Model,
     model: Model,
-    parts: Sequence[Any],
+    folder: Path,
+    policies: Mapping[str, np.ndarray],
     confidences: np.ndarray,
-    right: np.ndarray,
-    gmacs: np.ndarray,
     test: Images,
     progress: Progress,
-    seed: int,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Mean milliseconds of an image on OpenVINO: the untouched model, with exits at each number of points lost, none
     leaving, and one graph that computes all that the stages do, so that what the runtime costs stands apart from what
-    heads cost."""
-    solved = {f"staged at {drop:g}": solve(confidences, right, gmacs, Budget(lost=drop / 100)) for drop in DROPS}
-    policies = {which: found for which, found in solved.items() if found is not None}
-    strictest = next(iter(policies.values())).thresholds
-    unseen = ask(parts, _labelled(test, model), progress)
-    exits = decide(unseen["confidences"], strictest)
+    heads cost.
+
+    folder: the model's artifact is `staged` in it.
+    """
+    exits = decide(confidences, next(iter(policies.values())))
     images = pick(test, model.preprocess, spread(exits, TIMED), seed)
     target, found = engines.get("openvino"), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for which, its in (("source", source), ("staged", model)):
-            path = Path(folder, which)
-            path.mkdir()
-            store.seal(path, its, "openvino", store.write_model(path, its, target))
-        for which, plan_ in policies.items():
-            path = shutil.copytree(Path(folder, "staged"), Path(folder, which), dirs_exist_ok=True)
-            steps = zip(read_policy(path), [*plan_.thresholds, np.inf], strict=True)
-            write_policy(path, [step._replace(high=float(high)) for step, high in steps])
-        whole = unstaged(model.module)  # type: ignore[arg-type]
-        example = torch.zeros(2, 3, *model.preprocess.size)
-        target.write(Piece(model, whole.module, (example,), whole.inputs, whole.outputs), Path(folder), ONE)
-        for batch in BATCHES:
-            sessions = {which: target.open(Path(folder, which), batch=batch) for which in ("source", *policies)}
-            sessions["never"] = target.open(Path(folder, "staged"), batch=batch)
-            sessions["never"].leaving = False  # type: ignore[attr-defined]
-            sessions["one graph"] = target.sessions(Path(folder), {ONE: [batch]}, "f32", cores(), False)[ONE][batch]
-            groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
-            runs = {which: functools.partial(_each, session, groups) for which, session in sessions.items()}
-            ms = latency.interleave(runs, seed=seed, progress=progress)
-            found[str(batch)] = {
-                which: {
-                    "ms": latency.summary(times / len(groups) / batch),
-                    "speedup": latency.ratio(ms["source"], times, seed),
-                    "over_one_graph": latency.ratio(ms["one graph"], times, seed),
-                }
-                for which, times in ms.items()
+    written(source, folder / "source")
+    for which, limits in policies.items():
+        path = shutil.copytree(folder / "staged", folder / which)
+        steps = zip(read_policy(path), [*limits, np.inf], strict=True)
+        write_policy(path, [step._replace(high=float(high)) for step, high in steps])
+    whole = unstaged(model.module)  # type: ignore[arg-type]
+    example = torch.zeros(2, 3, *model.preprocess.size)
+    target.write(Piece(model, whole.module, (example,), whole.inputs, whole.outputs), folder, ONE)
+    for batch in BATCHES:
+        sessions = {which: target.open(folder / which, batch=batch) for which in ("source", *policies)}
+        sessions["never"] = target.open(folder / "staged", batch=batch)
+        sessions["one graph"] = target.sessions(folder, {ONE: [batch]}, "f32", cores(), False)[ONE][batch]
+        groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+        runs = {which: functools.partial(_each, session, groups) for which, session in sessions.items()}
+        ms = latency.interleave(runs, seed=seed, progress=progress)
+        found[str(batch)] = {
+            which: {
+                "ms": latency.summary(times / len(groups) / batch),
+                "speedup": latency.ratio(ms["source"], times, seed),
+                "over_one_graph": latency.ratio(ms["one graph"], times, seed),
             }
-    truth = unseen["answers"] == unseen["labels"]
-    return {
-        "thresholds": {which: [str(t) for t in its.thresholds] for which, its in policies.items()},
-        "test": {
-            which: _test(plan(unseen["confidences"], truth, gmacs, its.thresholds)) for which, its in policies.items()
-        },
-        "batches": found,
-        "environment": report.environment(),
-    }
+            for which, times in ms.items()
+        }
+    return found
 
 
 def _test(found: Plan) -> dict[str, Any]:
@@ -328,18 +348,11 @@ def _alone(model: Model, test: Images, progress: Progress) -> dict[str, Any]:
     from martlet.measure.macs import macs
 
     right = []
-    for batch, labels in _labelled(test, model):
+    for images, labels, _ in batches(test, model.preprocess, ASKED):
         with torch.inference_mode():
-            right += (model.module(batch).argmax(1) == torch.tensor(labels)).tolist()
+            right += (model.module(torch.from_numpy(images)).argmax(1) == torch.tensor(labels)).tolist()
         progress("images through the model alone", len(right), len(test))
     return {"model": model.name, "gmacs": macs(model) / 1e9, "top1_pct": 100 * float(np.mean(right))}
-
-
-def _labelled(images: Images, model: Model) -> Any:
-    from martlet.data.batches import batches
-
-    for batch, labels, _ in batches(images, model.preprocess, 16):
-        yield torch.from_numpy(batch), labels
 
 
 if __name__ == "__main__":
