@@ -48,12 +48,15 @@ from martlet.functional.exits import Budget, Plan, decide, plan, solve
 from martlet.graph.stages import unstaged
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
+from martlet.recipe_search.space import First
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 
 HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
+NUM_RANGES = 64
+"""Of the calibration images, those that ranges of integers are learned from."""
 TRAINING = "{epochs: 4.0, batch: 64, precision: bf16}"
 EXITS = {
     "linear_exits": (f"linear_exits: {TRAINING}",),
@@ -141,9 +144,9 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
 def tuned(work: Path, passes: Sequence[str], part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """A row of the ViT-Ti."""
     source, context, test = prepared(work, assets, out, progress)
-    model = pipeline.run(source, recipe(*passes), context)
-    plain = pipeline.run(source, recipe(*passes[1:]), context)
     assert isinstance(context.images, Calibration)
+    few = replace(context, images=First(context.images, NUM_RANGES))
+    model, plain = (pipeline.run(source, recipe(*each), few) for each in (passes, passes[1:]))
     return judge(plain, pipeline.traced(model), context.images, test, part, progress)
 
 
