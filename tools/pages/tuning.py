@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from martlet.report.cards import table
@@ -71,6 +72,8 @@ def page(document: Mapping[str, Any]) -> str:
     lines += ["", *table(HEADING, rows)]
     if "small" in document:
         lines += ["", "## Ways that are to be better than another", "", *small(document["small"])]
+    if "few_shot" in document:
+        lines += ["", "## Hints where images are few", "", *few_shot(document["few_shot"], settings["weights"])]
     return "\n".join([*lines, "", measured_on([document]), ""])
 
 
@@ -103,3 +106,37 @@ def small(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["", f"To {about}; {next(iter(its.values()))[0]['n']} others to test on:", ""]
         lines += table(("Recipe", "Top-1 %", "Seeds", "Fewer MACs", "Steps"), cells)
     return lines
+
+
+HINTS = {
+    "standard": "Standard",
+    "hint_aug": "`hint_aug`",
+    "no detector": "Without detector",
+    "no infusion": "Without infusion",
+}
+
+
+def few_shot(rows: Sequence[Mapping[str, Any]], weights: str) -> list[str]:
+    """One row a number of images and way: what it reaches with each kind of hints."""
+    found: dict[tuple[int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["shots"], row["tuned_by"]][row["hints"]].append(row["top1_pct"])
+    first = rows[0]
+    cells = [
+        (str(shots), f"`{way}`", *(spread(its[name]) if name in its else "–" for name in HINTS))
+        for (shots, way), its in sorted(found.items())
+    ]
+    both = [its for its in found.values() if {"standard", "hint_aug"} <= its.keys()]
+    gained = [fmean(its["hint_aug"]) - fmean(its["standard"]) for its in both]
+    above = sum(gain > 0 for gain in gained)
+    summary = f" Its mean is above that of standard augmentation in {above} of {len(gained)}" if gained else ""
+    summary += f", by {fmean(gained):+.1f} points on average." if gained else ""
+    return [
+        f"{weights} at {first['size_px']} pixels, tuned to CIFAR-10 from few images a class in {first['steps']} steps. "
+        f"Top-1 of {first['n']} test images: the mean over {len({row['seed'] for row in rows})} seeds, and the range. "
+        "Standard augmentation is a random resized crop and RandAugment, and the others have it too. `hint_aug` moves "
+        "the patch whose attention tuning has changed most towards what the model confuses the image with; without the "
+        "detector it moves a patch at random, without infusion the patch by as much at random." + summary,
+        "",
+        *table(("Images a class", "Way", *HINTS.values()), cells),
+    ]
