@@ -337,7 +337,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         (
             lambda: tuned(HintAug(**HINTS), LightPeft(early=0.5, **QUICK), vit()),
             RecipeError,
-            "heads at blocks.1.attn.qkv were cut while it was tuned",
+            "attention at blocks.1.attn.qkv can't be compared with what it was, for heads were cut",
         ),
         (
             lambda: tuned(HintAug(**HINTS), Vpt(**QUICK), vit(), teacher=replace(vit(patch_size=8), name="other")),

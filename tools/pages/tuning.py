@@ -113,6 +113,7 @@ HINTS = {
     "hint_aug": "`hint_aug`",
     "no detector": "Without detector",
     "no infusion": "Without infusion",
+    "unmixed": "Unmixed, no hints",
 }
 
 
@@ -128,15 +129,17 @@ def few_shot(rows: Sequence[Mapping[str, Any]], weights: str) -> list[str]:
     ]
     both = [its for its in found.values() if {"standard", "hint_aug"} <= its.keys()]
     gained = [fmean(its["hint_aug"]) - fmean(its["standard"]) for its in both]
-    above = sum(gain > 0 for gain in gained)
-    summary = f" Its mean is above that of standard augmentation in {above} of {len(gained)}" if gained else ""
-    summary += f", by {fmean(gained):+.1f} points on average." if gained else ""
-    return [
+    lines = [
         f"{weights} at {first['size_px']} pixels, tuned to CIFAR-10 from few images a class in {first['steps']} steps. "
         f"Top-1 of {first['n']} test images: the mean over {len({row['seed'] for row in rows})} seeds, and the range. "
-        "Standard augmentation is a random resized crop and RandAugment, and the others have it too. `hint_aug` moves "
-        "the patch whose attention tuning has changed most towards what the model confuses the image with; without the "
-        "detector it moves a patch at random, without infusion the patch by as much at random." + summary,
-        "",
-        *table(("Images a class", "Way", *HINTS.values()), cells),
+        "Standard augmentation is a random resized crop, RandAugment, mixup and cutmix. `hint_aug` has it too, and "
+        "shows each image once more in the same step: unmixed, the patch whose attention tuning has changed most moved "
+        "towards what the model confuses it with. Without the detector a patch at random is moved, without infusion the "
+        "patch by as much at random. The last column is standard augmentation that mixes no images."
     ]
+    if gained:
+        lines[0] += (
+            f" The mean of `hint_aug` is above that of standard augmentation in {sum(gain > 0 for gain in gained)} of "
+            f"{len(gained)}, by {fmean(gained):+.1f} points on average."
+        )
+    return [*lines, "", *table(("Images a class", "Way", *HINTS.values()), cells)]

@@ -127,7 +127,7 @@ class Seen:
         given, (heads, dim) = self._given[name], (self.sight.num_heads, self.sight.head_dim)
         if given.shape[-1] != self.sight.features:
             raise RecipeError(
-                f"heads at {name} were cut while it was tuned, so attention can't be compared; use `lora`"
+                f"attention at {name} can't be compared with what it was, for heads were cut meanwhile; tune with lora"
             )
         its = given[..., first : first + heads * dim].unflatten(-1, (heads, dim)).transpose(1, 2)  # (B, H, N, D)
         return its if norm is None else self.norms[norm](its)
