@@ -10,7 +10,7 @@ ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted
 that autograd keeps of one step, of gradients, and of the optimizer's moments. Deployed is OpenVINO, batch 1,
 interleaved with the untouched model; merged LoRA is the plain model again. `small` takes a ViT of 32 pixels trained on
 CIFAR-10: to what merging tokens costs it there, or to the first twenty classes of Tiny-ImageNet. `few_shot` takes
-ViT-Ti at 96 pixels, and standard augmentation with and without `hint_aug`, or with one half of it; and as much of it as
+ViT-Ti at 64 pixels, and standard augmentation with and without `hint_aug`, or with one half of it; and as much of it as
 mixes no images. Parts and rows that are there already aren't done again.
 """
 
@@ -72,7 +72,7 @@ SMALL = {
     ),
 }
 """By what is learned, recipes that are compared on a small ViT."""
-FEW_SHOT_SIZE = 96
+FEW_SHOT_SIZE = 64
 FEW_SHOT_EPOCHS = {4: 15.0, 8: 7.5}
 """By images a class; 30 steps of 20 images each."""
 FEW_SHOT_WAYS = ("lora", "adapter", "vpt")

@@ -134,8 +134,8 @@ def few_shot(rows: Sequence[Mapping[str, Any]], weights: str) -> list[str]:
         f"Top-1 of {first['n']} test images: the mean over {len({row['seed'] for row in rows})} seeds, and the range. "
         "Standard augmentation is a random resized crop, RandAugment, mixup and cutmix. `hint_aug` has it too, and "
         "shows each image once more in the same step: unmixed, the patch whose attention tuning has changed most moved "
-        "towards what the model confuses it with. Without the detector a patch at random is moved, without infusion the "
-        "patch by as much at random. The last column is standard augmentation that mixes no images."
+        "towards what the model confuses it with. Without the detector a patch at random is moved, without infusion "
+        "the patch by as much at random. The last column is standard augmentation that mixes no images."
     ]
     if gained:
         lines[0] += (
