@@ -280,29 +280,31 @@ def few_shot(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]
 
     Standard augmentation with hints and without comes first, then what takes the two apart.
     """
-    done = {_key(row) for row in rows}
-    test = None
+    done, test = {_key(row) for row in rows}, None
     for hints in (("standard", "hint_aug"), ("unmixed", "no detector", "no infusion")):
         for shots, seed in product(FEW_SHOT_EPOCHS, SEEDS):
-            model = None
-            for name, way in product(hints, (its for its in FEW_SHOT_WAYS if its in ways)):
-                before, augmented = HINTS[name]
-                recipe = f"[{before}{way}: {{epochs: {FEW_SHOT_EPOCHS[shots]}, {augmented}}}]"
-                if (recipe, seed, shots) in done:
-                    continue
-                if model is None:
-                    model = base(assets, seed)
-                    set_image_size_(model, (FEW_SHOT_SIZE, FEW_SHOT_SIZE))
-                    images = few(assets, model, shots, seed)
-                if test is None:
-                    pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
-                    test = Examples.read(pool, model.preprocess, CLASSES, progress)
+            recipes = {
+                f"[{HINTS[name][0]}{its}: {{epochs: {FEW_SHOT_EPOCHS[shots]}, {HINTS[name][1]}}}]": (name, its)
+                for name, its in product(hints, FEW_SHOT_WAYS)
+                if its in ways
+            }
+            missing = [recipe for recipe in recipes if (recipe, seed, shots) not in done]
+            if not missing:
+                continue
+            model = base(assets, seed)
+            set_image_size_(model, (FEW_SHOT_SIZE, FEW_SHOT_SIZE))
+            images = few(assets, model, shots, seed)
+            if test is None:
+                pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
+                test = Examples.read(pool, model.preprocess, CLASSES, progress)
+            for recipe in missing:
+                name, its = recipes[recipe]
                 start = time.perf_counter()
-                context = Context(training=images, seed=seed, progress=progress)
-                tuned = pipeline.run(model, Recipe.from_yaml(f"martlet: 1\npasses: {recipe}"), context)
+                passes = Recipe.from_yaml(f"martlet: 1\npasses: {recipe}")
+                tuned = pipeline.run(model, passes, Context(training=images, seed=seed, progress=progress))
                 row = {
                     "way": recipe,
-                    "tuned_by": way,
+                    "tuned_by": its,
                     "hints": name,
                     "shots": shots,
                     "seed": seed,
