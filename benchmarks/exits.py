@@ -27,7 +27,6 @@ import torch
 
 import moving_cifar
 import peers
-import tuning
 from cifar import ASSETS, CLASSES
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
@@ -51,6 +50,7 @@ from martlet.measure.stages import pick, spread
 from martlet.recipe_search.space import First
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
+from tuning_tasks import base
 
 HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
@@ -123,7 +123,7 @@ def prepared(work: Path, assets: Path, out: Path, progress: Progress) -> tuple[M
     kept = Kept.beside(out)
     if not (work / store.MANIFEST).is_file():
         smaller, learn = map(recipe, HOST)
-        source = pipeline.run(tuning.base(assets), smaller, Context(progress=progress))
+        source = pipeline.run(base(assets), smaller, Context(progress=progress))
         training = Examples.read(train, source.preprocess, CLASSES, progress)
         model = pipeline.run(source, learn, Context(training=training, progress=progress, kept=kept))
         work.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,15 @@
     python benchmarks/tuning.py memory              # seconds: what a step keeps, and what a task's file holds
     python benchmarks/tuning.py accuracy            # hours on two cores: CIFAR-10, few images a class, three seeds
     python benchmarks/tuning.py small               # half an hour: a small ViT, ways that are to be better than another
+    python benchmarks/tuning.py few_shot            # an hour: 4 and 8 images a class, with and without hints
     python benchmarks/tuning.py times               # minutes, on a quiet machine: steps, and the deployed model
 
 ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted, not sampled: bytes of the tensors
 that autograd keeps of one step, of gradients, and of the optimizer's moments. Deployed is OpenVINO, batch 1,
 interleaved with the untouched model; merged LoRA is the plain model again. `small` takes a ViT of 32 pixels trained on
-CIFAR-10: to what merging tokens costs it there, or to the first twenty classes of Tiny-ImageNet. Parts and rows that
-are there already aren't done again.
+CIFAR-10: to what merging tokens costs it there, or to the first twenty classes of Tiny-ImageNet. `few_shot` takes
+ViT-Ti at 64 pixels, and standard augmentation with and without `hint_aug`, or with one half of it; and as much of it as
+mixes no images. Parts and rows that are there already aren't done again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +43,13 @@ from martlet.data import open_images
 from martlet.data.examples import Examples
 from martlet.measure import latency
 from martlet.measure.macs import macs
-from martlet.source import load_model
 from martlet.training.technique import Training
+from martlet.vit.image_size import set_image_size_
+from tuning_tasks import TASKS, WEIGHTS, base, few
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
 WAYS = ("finetune", "probe", "bitfit", "lora", "lora_ga", "adapter", "vpt", "ladder", "sherl", "pyra")
 BEFORE = {"pyra": Recipe.load("tome")}
 """What comes before a way."""
@@ -69,9 +72,21 @@ SMALL = {
     ),
 }
 """By what is learned, recipes that are compared on a small ViT."""
-NUM_TRAIN = 1000
-TRANSFER_CLASSES = 20
-PARTS = ("memory", "accuracy", "small", "times")
+FEW_SHOT_SIZE = 64
+FEW_SHOT_EPOCHS = {4: 15.0, 8: 7.5}
+"""By images a class; 30 steps of 20 images each."""
+FEW_SHOT_WAYS = ("lora", "adapter", "vpt")
+PLAIN = "batch: 20, rate: 0.005, augment: rand-m9-mstd0.5-inc1"
+STANDARD = f"{PLAIN}, mixup: 0.5, cutmix: 1.0"
+HINTS = {
+    "standard": ("", STANDARD),
+    "hint_aug": ("hint_aug, ", STANDARD),
+    "no detector": ("hint_aug: {detector: false}, ", STANDARD),
+    "no infusion": ("hint_aug: {infusion: false}, ", STANDARD),
+    "unmixed": ("", PLAIN),
+}
+"""By name, what comes before a way, and how the way is tuned: as the official code of `hint_aug` augments, or less."""
+PARTS = ("memory", "accuracy", "small", "few_shot", "times")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,35 +119,6 @@ def way(name: str, **settings: Any) -> Training:
     found = registry.technique(name)()
     assert isinstance(found, Training)
     return replace(found, batch=BATCH, epochs=float(EPOCHS), rate=RATES.get(name, found.rate), **settings)
-
-
-def base(assets: Path, seed: int = 0) -> Model:
-    """ViT-Ti, its classifier new: ten classes, drawn by the seed."""
-    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS, num_classes=1000)
-    return renewed(model, CLASSES, seed)
-
-
-def renewed(model: Model, classes: int, seed: int) -> Model:
-    """With a new classifier, drawn by the seed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.nn.Linear(model.module.head.in_features, classes)  # type: ignore[union-attr, arg-type]
-    torch.nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
-    torch.nn.init.zeros_(head.bias)
-    model.module.reset_classifier(classes)  # type: ignore[operator]
-    model.module.head = head
-    return replace(model, num_classes=classes, class_names=None, origin={**model.origin, "num_classes": classes})
-
-
-def few(assets: Path, model: Model, shots: int, seed: int) -> Examples:
-    """So many images of each class, drawn by the seed."""
-    pool = open_images(assets / "data" / "cifar10" / "train.parquet", limit=100 * CLASSES, seed=seed)
-    whole = Examples.read(pool, model.preprocess, CLASSES)
-    assert whole.labels is not None
-    rows = [np.flatnonzero(whole.labels.numpy() == k)[:shots] for k in range(CLASSES)]
-    chosen = np.sort(np.concatenate(rows))
-    return Examples(whole.pixels[chosen], whole.labels[chosen], whole.preprocess, pool.source)
 
 
 def prepared(name: str, model: Model) -> Model:
@@ -268,7 +254,7 @@ def small(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
             missing = [its for its in recipes if not any((row["way"], row["seed"]) == (its, seed) for row in rows)]
             if not missing:
                 continue
-            model, images, test = SMALL_TASK[task](assets, seed, progress)
+            model, images, test = TASKS[task](assets, seed, progress)
             for its in missing:
                 recipe = Recipe.from_yaml(f"martlet: 1\npasses: {its}")
                 start = time.perf_counter()
@@ -289,30 +275,47 @@ def small(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
                 yield row
 
 
-def merged(assets: Path, seed: int, progress: Progress) -> tuple[Model, Examples, Examples]:
-    """The small ViT as it is, images of CIFAR-10 to learn from, and others to test on."""
-    model, folder = train.small(assets), assets / "data" / "cifar10"
-    images, test = (
-        Examples.read(open_images(folder / f"{part}.parquet", limit=n, seed=s), model.preprocess, CLASSES, progress)
-        for part, n, s in (("train", NUM_TRAIN, seed), ("test", train.NUM_TEST, 0))
-    )
-    return model, images, test
+def few_shot(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
+    """Top-1 from few images a class, after each way with each of HINTS, for each seed of images, classifier and order.
 
-
-def transfer(assets: Path, seed: int, progress: Progress) -> tuple[Model, Examples, Examples]:
-    """The small ViT with a new classifier of the first classes of Tiny-ImageNet, and images of these."""
-    model, folder = renewed(train.small(assets), TRANSFER_CLASSES, seed), assets / "data" / "tiny-imagenet-200"
-    found = []
-    for part, s in (("train", seed), ("test", 0)):
-        pool = open_images(folder / f"{part}.parquet", limit=5 * NUM_TRAIN, seed=s)
-        whole = Examples.read(pool, model.preprocess, 200, progress)
-        assert whole.labels is not None
-        rows = whole.labels < TRANSFER_CLASSES
-        found.append(Examples(whole.pixels[rows], whole.labels[rows], whole.preprocess, pool.source))
-    return model, found[0], found[1]
-
-
-SMALL_TASK = {"merged": merged, "transfer": transfer}
+    Standard augmentation with hints and without comes first, then what takes the two apart.
+    """
+    done, test = {_key(row) for row in rows}, None
+    for hints in (("standard", "hint_aug"), ("unmixed", "no detector", "no infusion")):
+        for shots, seed in product(FEW_SHOT_EPOCHS, SEEDS):
+            recipes = {
+                f"[{HINTS[name][0]}{its}: {{epochs: {FEW_SHOT_EPOCHS[shots]}, {HINTS[name][1]}}}]": (name, its)
+                for name, its in product(hints, FEW_SHOT_WAYS)
+                if its in ways
+            }
+            missing = [recipe for recipe in recipes if (recipe, seed, shots) not in done]
+            if not missing:
+                continue
+            model = base(assets, seed)
+            set_image_size_(model, (FEW_SHOT_SIZE, FEW_SHOT_SIZE))
+            images = few(assets, model, shots, seed)
+            if test is None:
+                pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
+                test = Examples.read(pool, model.preprocess, CLASSES, progress)
+            for recipe in missing:
+                name, its = recipes[recipe]
+                start = time.perf_counter()
+                passes = Recipe.from_yaml(f"martlet: 1\npasses: {recipe}")
+                tuned = pipeline.run(model, passes, Context(training=images, seed=seed, progress=progress))
+                row = {
+                    "way": recipe,
+                    "tuned_by": its,
+                    "hints": name,
+                    "shots": shots,
+                    "seed": seed,
+                    "top1_pct": train.top1(tuned, test),
+                    "n": len(test),
+                    "size_px": FEW_SHOT_SIZE,
+                    "steps": tuned.steps[-1].record["steps"],
+                    "seconds": time.perf_counter() - start,
+                }
+                note(f"{recipe}, {shots} images a class, seed {seed}: {row['top1_pct']:.1f} %")
+                yield row
 
 
 def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
@@ -347,11 +350,11 @@ def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
         }
 
 
-PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "small": small, "times": times}
+PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "small": small, "few_shot": few_shot, "times": times}
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int]:
-    return row["way"], row.get("seed", 0)
+def _key(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["way"], row.get("seed", 0), row.get("shots", 0)
 
 
 if __name__ == "__main__":

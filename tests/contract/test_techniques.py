@@ -63,6 +63,8 @@ NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
 NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "teacher_intervention": "rounded", "pela": "factorized"}
 """Techniques that come after one that does something to the model, and say so."""
+NEED_BEHIND = ("hint_aug",)
+"""Techniques that change what the pass right behind them does, and do nothing alone."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 MODELS = {
     "class token": TINY,
@@ -276,6 +278,8 @@ def refusal_of_convolutions(name: str) -> tuple[type[MartletError], str] | None:
         return UsageError, rf"^{name}: timm:repvit_m0_9 has \w+ \(\w+\).* which has no integer form"
     if name in NEED_EXITS:
         return RecipeError, rf"^{name}: .*{NEED_EXITS[name]}"
+    if name in NEED_BEHIND:
+        return RecipeError, rf"^{name}: .* the pass right behind it .* is nothing; put one there"
     if name in NEED_BEFORE:
         return RecipeError, rf"^{name}: nothing of .* is {NEED_BEFORE[name]} yet; put what .* before it"
     return None

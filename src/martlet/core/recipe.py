@@ -49,10 +49,12 @@ class Recipe:
         """What is still true after every pass, from what is true at the start.
 
         Raises:
-            RecipeError: a pass requires a fact that an earlier one breaks; the message says which and what to do.
+            RecipeError: a pass requires a fact that an earlier one breaks; the message says which and what to do. Or
+                a pass does nothing without another right behind it.
         """
         facts, breakers = start, {}
         for i, technique in enumerate(self.passes):
+            technique.check_next(self.passes[i + 1] if i + 1 < len(self.passes) else None)
             me = f"passes[{i}] {technique.name}"
             for fact in sorted(technique.requires - facts):
                 if fact not in breakers:

@@ -183,6 +183,9 @@ class Technique(ABC):
     def check_engine(self, context: Context) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before a model is loaded, if the engine can't take this technique."""
 
+    def check_next(self, following: Technique | None) -> None:  # noqa: B027 - most do what they do by themselves
+        """Raises a RecipeError, before a model is loaded, if the pass right behind it, if any, makes nothing of it."""
+
     def check(self, model: Model) -> None:  # noqa: B027 - most techniques have nothing to check
         """Raises a MartletError, before anything is touched, if this model can't take the technique."""
 

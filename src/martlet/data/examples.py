@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -149,7 +150,7 @@ def timm_transform(policy: str, erase: float, preprocess: Preprocess) -> Callabl
     from timm.data import create_transform
 
     try:
-        return create_transform(  # type: ignore[return-value]
+        transform: Any = create_transform(
             preprocess.size,
             is_training=True,
             auto_augment=policy,
@@ -163,6 +164,16 @@ def timm_transform(policy: str, erase: float, preprocess: Preprocess) -> Callabl
         raise RecipeError(
             f"augment is {policy!r}; it can be {', '.join(AUGMENTS)} or one of timm's policies, as rand-m9-mstd0.5-inc1"
         ) from error
+    for part in transform.transforms:
+        for op in (*getattr(part, "ops", ()), *chain(*getattr(part, "policy", ()))):
+            if op.name.startswith("Posterize"):
+                op.level_fn = partial(_one_bit_or_more, op.level_fn)
+    return transform
+
+
+def _one_bit_or_more(bits: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    """What is left of each color where timm's strongest posterizing leaves 0 bits, which PIL refuses."""
+    return (max(1, *bits(*level)),)
 
 
 def moved(pixels: Tensor, seeds: Tensor) -> Tensor:

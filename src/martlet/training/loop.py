@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from martlet.training import checkpoint
 from martlet.training.history import History
 from martlet.training.objective import RATE, Batch, Objective
 from martlet.training.order import Order, own_randomness, processes, seed_
+from martlet.training.technique import Leading, Training
 from martlet.training.zeros import hold_zeros_, leaves_zeros
-
-if TYPE_CHECKING:
-    from martlet.training.technique import Training
 
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
@@ -51,6 +49,9 @@ def train_(
     """
     from accelerate import Accelerator
 
+    for step in model.steps[-1:]:
+        if isinstance(step.technique, Leading):
+            objective = step.technique.around(objective, step.record, model, settings, context)
     processes()
     accelerator = Accelerator()
     teacher = None if context.teacher is None else context.teacher.module
@@ -214,12 +215,22 @@ class _Run:
             labels = None if self.examples.labels is None else self.examples.labels[torch.from_numpy(indices)]
             labels = None if labels is None else labels.to(self.device)
             seed_(self.context.seed, step, self.order.rank)
+            unmixed = None
             if self.mix is not None:
+                unmixed = images.clone(), labels
                 images, mixed = self.mix(
                     images, images.new_zeros(len(images), dtype=torch.long) if labels is None else labels
                 )
                 labels = None if labels is None else mixed
-            yield Batch(images=images, labels=labels, indices=indices, seeds=seeds, step=step, steps=self.steps)
+            yield Batch(
+                images=images,
+                labels=labels,
+                indices=indices,
+                seeds=seeds,
+                step=step,
+                steps=self.steps,
+                unmixed=unmixed,
+            )
 
     def _step(
         self, pair: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, learned: list[Tensor], first: bool
@@ -304,7 +315,8 @@ class _Run:
         tensors = [*self.model.module.state_dict().values()]
         if teacher is not None:
             tensors += teacher.module.state_dict().values()
-        settings = [repr(self.settings), str(self.context.seed), str(self.accelerator.num_processes)]
+        techniques = [repr(self.settings), *(repr(step.technique) for step in self.model.steps[-1:])]
+        settings = [*techniques, str(self.context.seed), str(self.accelerator.num_processes)]
         return digest([examples.digest, *settings, *(tensor.detach().cpu() for tensor in tensors)])
 
     def _resume(self, state: checkpoint.State) -> int:
@@ -339,14 +351,7 @@ class _Run:
         """Finds the batch that fits, and says so."""
         size = len(batch.indices) // 2
         while size:
-            part = Batch(
-                images=batch.images[:size],
-                labels=None if batch.labels is None else batch.labels[:size],
-                indices=batch.indices[:size],
-                seeds=batch.seeds[:size],
-                step=batch.step,
-                steps=batch.steps,
-            )
+            part = batch.first(size)
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                     pair(part).backward()

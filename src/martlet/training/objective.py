@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Batch:
 
     images: float32 (B, 3, H, W), normalized. labels: (B,), or probabilities (B, K) once mixed; None without labels.
     indices, seeds: int64 (B,), which images they are, and how each was changed. step: from 0. steps: how many in all.
+    unmixed: images and labels as they were before they were mixed, if they were.
     """
 
     images: Tensor
@@ -35,6 +36,22 @@ class Batch:
     seeds: np.ndarray
     step: int
     steps: int
+    unmixed: tuple[Tensor, Tensor | None] | None = None
+
+    def first(self, size: int) -> Batch:
+        """So many images of it."""
+
+        def cut(its: Tensor | None) -> Tensor | None:
+            return None if its is None else its[:size]
+
+        return replace(
+            self,
+            images=self.images[:size],
+            labels=cut(self.labels),
+            indices=self.indices[:size],
+            seeds=self.seeds[:size],
+            unmixed=self.unmixed and (self.unmixed[0][:size], cut(self.unmixed[1])),
+        )
 
 
 class Objective(nn.Module):
@@ -128,13 +145,13 @@ class Teacher:
         """The student's images (B, 3, H, W) as the teacher takes them, enlarged or made smaller where it has to be."""
         own, students = self._own, self._students
         if (own.mean, own.std) != (students.mean, students.std):
-            (m0, s0), (m1, s1) = _statistics(students, images), _statistics(own, images)
+            (m0, s0), (m1, s1) = statistics(students, images), statistics(own, images)
             images = (images * s0 + m0 - m1) / s1
         if own.size == students.size:
             return images
         return functional.interpolate(images, own.size, mode="bicubic", antialias=True)
 
 
-def _statistics(preprocess: Preprocess, like: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(preprocess: Preprocess, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1)."""
     return tuple(like.new_tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))  # type: ignore[return-value]

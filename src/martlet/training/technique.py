@@ -114,3 +114,19 @@ class Training(Technique):
     @abstractmethod
     def objective(self, model: Model, context: Context) -> Objective:
         """What is made small. The model isn't changed before the loop asks the objective to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading(Technique):
+    """A pass that leaves the model as it is, and changes what the pass right behind it, which trains, learns from."""
+
+    stage: ClassVar[Stage] = Stage.MODULE
+
+    def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
+        """There is nothing of it in the model."""
+
+    @abstractmethod
+    def around(
+        self, objective: Objective, record: Mapping[str, Any], model: Model, settings: Training, context: Context
+    ) -> Objective:
+        """What is made small in place of an objective. record: what `apply_` returned."""

@@ -53,6 +53,14 @@ def test_what_an_image_becomes_depends_on_its_seed_and_not_on_its_neighbors(augm
     assert torch.equal(other, alone) == (augment == "none")
 
 
+@pytest.mark.parametrize("augment", ["rand-m10-inc1", "v0"])
+def test_the_strongest_posterizing_leaves_a_bit(augment):
+    """Of policies that ask for 0 bits, which not every version of PIL knows."""
+    examples = Examples.read(images(), PREPROCESS, 2)
+    found = examples.batch(np.arange(150) % 6, np.arange(150), augment)
+    assert bool(found.isfinite().all())
+
+
 def test_they_are_what_the_model_takes():
     pool = images()
     examples = Examples.read(pool, PREPROCESS, 2)
