@@ -59,9 +59,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def libraries_are_no_garbage() -> None:
+def libraries_are_no_garbage() -> Iterator[None]:
     """What tests have imported is looked through at no collection of garbage: it is far more than what they make."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
