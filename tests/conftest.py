@@ -1,6 +1,7 @@
 """What every test may use: real images and weights where there are some, fixed seeds, one thread, no network."""
 
 import functools
+import gc
 import os
 import random
 import socket
@@ -55,6 +56,14 @@ def assets() -> Path:
 def one_thread() -> None:
     """Sums depend on how many threads share them; and several processes test at once, each with a core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> Iterator[None]:
+    """What tests have imported is looked through at no collection of garbage: it is far more than what they make."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

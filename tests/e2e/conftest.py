@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from martlet.cli import main
-from martlet.measure import latency
+from martlet.measure import latency, memory
 
 TINY = "depth=2,img_size=32,patch_size=8,embed_dim=48,num_heads=3"
 
@@ -25,8 +25,19 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def brief() -> Iterator[None]:
-    """Everything is timed as always, but for a moment: what is said of times is tested, not the times."""
+    """Everything is timed as always, but for a moment, and memory is measured once for each way to run: what is said
+    of these numbers is tested, and not the numbers.
+    """
+    measure, known = memory.peak_rss_bytes, dict[object, int | None]()
+
+    def once(engine: str, folder: Path, *how: object, **more: object) -> int | None:
+        way = (engine, how, *more.items())
+        if way not in known:
+            known[way] = measure(engine, folder, *how, **more)  # type: ignore[arg-type]
+        return known[way]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "peak_rss_bytes", once)
         patch.setattr(latency, "interleave", functools.partial(latency.interleave, min_seconds=0.1, max_rounds=40))
         patch.setattr(latency, "throughput", functools.partial(latency.throughput, seconds=0.05))
         yield

@@ -21,6 +21,8 @@ from martlet.graph.stages import run, stages
 from martlet.source import load_model
 from martlet.techniques.exits.dyn_perceiver import ALIKE, EARLY, HOST_RATE, DynPerceiver, Together, cells
 from martlet.training.objective import RATE, Batch, Teacher
+from martlet.vit.exits import places
+from martlet.vit.view import view
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -42,9 +44,9 @@ class Noise:
             yield torch.randn(16, 3, self.size, self.size, generator=generator)
 
 
-def host(kind: str, seed: int = 3):
+def host(kind: str, **more: int):
     name, kwargs = HOSTS[kind]
-    return load_model(name, model_kwargs=kwargs, num_classes=10, seed=seed)
+    return load_model(name, model_kwargs=kwargs | more, num_classes=10, seed=3)
 
 
 def applied(model, epochs: float = 1.0, **settings):
@@ -61,12 +63,19 @@ def pair(request):
     return source, applied(source)
 
 
-def randomized(model, seed: int = 1):
+def untrained(source, **settings):
+    model, technique = source.copy(), DynPerceiver(**SETTINGS | settings)
+    vit = view(model.module)
+    technique.restore_(model, technique.plan(model, vit, places("", technique.after, len(vit.blocks))))
+    return model
+
+
+def randomized(model, seed: int = 1, std: float = 0.3):
     """In float64, with branches that have something to say."""
     twin = model.copy()
     generator = torch.Generator().manual_seed(seed)
     for parameter in [*twin.module.latent.parameters(), *twin.module.exits.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
     twin.module.double()
     return twin
 
@@ -147,14 +156,7 @@ def test_features_read_the_code_and_the_code_the_features(pair):
 
 def test_training_begins_with_the_untouched_model():
     source = host("vit")
-    model = source.copy()
-    technique = DynPerceiver(**SETTINGS)
-    from martlet.vit.exits import places
-    from martlet.vit.view import view
-
-    vit = view(model.module)
-    technique.restore_(model, technique.plan(model, vit, places("", (), len(vit.blocks))))
-    images = images_of(source)
+    model, images = untrained(source), images_of(source)
     with torch.no_grad():
         assert torch.equal(model.module(images), source.module(images))
 
@@ -239,8 +241,10 @@ def cut(source, model):
 
 def test_stages_are_cut_at_the_exits():
     """Each gives what the whole gives; images that leave are gone."""
-    source = host("vit")
-    _, _, exits = cut(source, applied(source, after=(1,)))
+    source = host("vit", depth=2)
+    model = randomized(untrained(source), std=0.1)
+    model.module.float()
+    _, _, exits = cut(source, model)
     assert {*exits} == {0, 1}  # some leave, and some go on
 
 

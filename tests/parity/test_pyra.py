@@ -69,13 +69,13 @@ def merging(r: int, layer: Reactivation, backwards: bool = False, sized: bool = 
     return choose
 
 
-def merged(module: VisionTransformer) -> tuple[Model, dict[int, Reactivation]]:
+def merged(module: VisionTransformer, schedule: dict[int, int] = SCHEDULE) -> tuple[Model, dict[int, Reactivation]]:
     """With what pyra puts in, whose parameters are drawn."""
     model = Model(name="vit", module=module, preprocess=Preprocess(size=(40, 24)), num_classes=7, origin={})
     float32 = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        done = pipeline.run(model, Recipe((ToMe(r=SCHEDULE),)), Context())
+        done = pipeline.run(model, Recipe((ToMe(r=schedule),)), Context())
     finally:
         torch.set_default_dtype(float32)
     Pyra()._put_in_(done)
@@ -102,7 +102,7 @@ def test_merges_are_the_papers():
 
 
 def test_it_is_traced_for_any_batch_and_a_copy_is_changed_by_its_own_layers():
-    model, _ = merged(vit())
+    model, _ = merged(vit(depth=2), {0: 4, 1: 3})
     model.module.float()
     x = torch.randn(3, 3, 40, 24)
     twin = model.copy()

@@ -116,7 +116,7 @@ def test_this_can_fail(pruned: Model) -> None:
 
 
 def test_heads_go_as_their_dimensions_do() -> None:
-    with pytest.raises(Exception, match=r"^ziplm: groups can be qk, v and hidden"):
+    with pytest.raises(RecipeError, match=r"^ziplm: groups can be qk, v and hidden"):
         ZipLM(groups=("heads",))
 
 

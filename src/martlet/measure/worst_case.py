@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from martlet.core.model import Model
 from martlet.core.technique import Progress, silent
 from martlet.data.preprocess import Preprocess
 from martlet.graph.stages import Stage, cumulative_macs, leaves, run, stages, window
-from martlet.nn.exits import goes_on
+from martlet.nn.exits import goes_on, has_exits
+from martlet.nn.quantizers import ActivationQuantizer, TableQuantizer
+from martlet.nn.straight_through import learned
 
 EPSILON = 8 / 255
 """How far a pixel, from 0 to 1, may be moved."""
@@ -25,41 +28,47 @@ STEPS = 10
 def worst_case(
     model: Model, images: Tensor, epsilon: float = EPSILON, steps: int = STEPS, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Moves pixels so that exits are less sure, and says what images cost before and after.
+    """Moves pixels so that images don't leave where they would, and says what images cost before and after.
 
     images: (B, 3, H, W), preprocessed. epsilon: the most that a pixel in [0, 1] is moved by. steps: of projected
-    gradient descent on the confidences of all exits, each a quarter of epsilon long.
+    gradient descent, each a quarter of epsilon long, on how far the confidence at the exit where an image leaves is
+    from those with which it would go on. Only signs of gradients count, so it is one whether an exit tells how sure it
+    is by a probability, a cosine or a gate's score. Gradients pass what is rounded as if it weren't. An image counts
+    with the most that it has cost at any step.
 
     Returns `n_images`, `epsilon`, `mean_gmacs` and `attacked_mean_gmacs`, `inflation` (their ratio),
     `attacked_max_gmacs`, and `max_gmacs`, the cap that the policy declares: stages behind it aren't there to be run.
 
-    Source: Gao et al., Verbose Images, 2024, arXiv 2401.11170, whose aim, longer outputs, is here later exits; Madry et
-    al., 2018, arXiv 1706.06083, for the descent.
+    Source: Gao et al., Verbose Images, 2024, arXiv 2401.11170, whose aim, longer outputs, is here later exits, and in
+    whose code too the longest that was seen counts; Madry et al., 2018, arXiv 1706.06083, for the descent.
 
     Raises:
         UsageError: the model can't stop early.
     """
+    if not has_exits(model.module):
+        raise UsageError(f"{model.name} can't stop early, so every image costs the same")
     module = pipeline.traced(model).module
     assert isinstance(module, GraphModule)
-    exits, parts = leaves(module), stages(module)
-    if not exits:
-        raise UsageError(f"{model.name} can't stop early, so every image costs the same")
-    windows = [window(module, each) for each in exits]
+    windows = [window(module, each) for each in leaves(module)]
+    cap = next((k for k, each in enumerate(windows) if each[0] == torch.inf), len(windows))
+    parts, windows = stages(module)[: cap + 1], windows[: cap + 1]
     gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
-    before = gmacs[_leave_at(parts, windows, images)]
+    for part in parts:
+        _let_gradients_pass_(part.module)
     scale, low, high = _pixels(model.preprocess)
-    attacked = images.clone()
+    attacked, seen = images.clone(), []
     for step in range(steps):
-        attacked.requires_grad_(True)
-        confidences = [[*given.values()][1] for given in run(parts, attacked)[:-1]]
-        [gradient] = torch.autograd.grad(torch.stack(confidences).log().sum(), attacked)
+        at, short = _leave(parts, windows, attacked.requires_grad_(True))
+        [gradient] = torch.autograd.grad(short[at < cap].sum(), attacked)
         with torch.no_grad():
             moved = attacked - gradient.sign() * epsilon / 4 / scale
             moved = torch.minimum(torch.maximum(moved, images - epsilon / scale), images + epsilon / scale)
             attacked = torch.minimum(torch.maximum(moved, low), high)
+        seen.append(at)
         progress("make images cost more", step + 1, steps)
-    after = gmacs[_leave_at(parts, windows, attacked)]
-    closed = [k for k, each in enumerate(windows) if each[0] == torch.inf]
+    with torch.no_grad():
+        seen.append(_leave(parts, windows, attacked)[0])
+    before, after = gmacs[seen[0].numpy()], gmacs[torch.stack(seen).amax(0).numpy()]
     return {
         "n_images": len(images),
         "epsilon": epsilon,
@@ -67,16 +76,28 @@ def worst_case(
         "attacked_mean_gmacs": float(after.mean()),
         "inflation": float(after.mean() / before.mean()),
         "attacked_max_gmacs": float(after.max()),
-        "max_gmacs": float(gmacs[closed[0]] if closed else gmacs[-1]),
+        "max_gmacs": float(gmacs[-1]),
     }
 
 
-@torch.no_grad()
-def _leave_at(parts: list[Stage], windows: list[Tensor], images: Tensor) -> np.ndarray:
-    """The stage (B,) after which each image leaves."""
-    found = [[*given.values()][1] for given in run(parts, images)[:-1]]
-    leaving = torch.stack([~goes_on(confidence, each) for confidence, each in zip(found, windows, strict=True)])
-    return torch.where(leaving.any(0), leaving.int().argmax(0), len(windows)).numpy()
+def _leave(parts: Sequence[Stage], windows: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """The stage (B,) after which each image leaves, and how far (B,) its confidence there is from its going on.
+
+    What goes on past all exits leaves after the stage behind them, and how far that is means nothing.
+    """
+    found = zip(run(parts, images), windows, strict=False)  # the last stage has no confidence
+    confidence, bounds = torch.stack([[*given.values()][1] for given, _ in found]), torch.stack([*windows], 1)
+    bounds = bounds[..., None]  # (2, E, 1)
+    leaving = ~goes_on(confidence, bounds)  # (E, B)
+    at = torch.where(leaving.any(0), leaving.int().argmax(0), len(windows))
+    short = torch.maximum(bounds[0] - confidence, confidence - bounds[1])
+    return at, short.gather(0, at.clamp(max=len(windows) - 1)[None])[0]
+
+
+def _let_gradients_pass_(graph_module: GraphModule) -> None:
+    for name, module in [*graph_module.named_modules()]:
+        if isinstance(module, ActivationQuantizer | TableQuantizer):
+            graph_module.set_submodule(name, learned(module))  # type: ignore[arg-type]
 
 
 def _pixels(preprocess: Preprocess) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,6 +58,12 @@ def write(model, engine: str, folder):
     return store.load(folder)
 
 
+@pytest.fixture(scope="module")
+def untaken(model, tmp_path_factory):
+    """Of OpenVINO, with exits that no image takes."""
+    return write(model, "openvino", tmp_path_factory.mktemp("untaken") / "out")
+
+
 def slowly(logits, confidences, windows):
     """Every image by itself, in plain Python: its logits, and the stage after which it leaves."""
     answers, exits = [], []
@@ -103,12 +109,12 @@ def test_the_comparison_sees_a_batch_that_is_put_together_wrongly(model, images,
     assert np.abs(session(images.numpy()) - wanted).max() > 1e-3
 
 
-def test_thresholds_that_are_never_reached_give_the_untouched_logits(model, images, tmp_path):
+def test_thresholds_that_are_never_reached_give_the_untouched_logits(untaken, images):
     source = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY, num_classes=10, seed=3)
     with torch.inference_mode():
         wanted = source.module(images)
         assert torch.equal(pipeline.run(source, RECIPE, Context()).module(images), wanted)
-    session = write(model, "openvino", tmp_path / "out").open(batch=7)
+    session = untaken.open(batch=7)
     assert np.abs(session(images.numpy()) - wanted.numpy()).max() < 1e-5
     assert session.exits.tolist() == [2] * 7
 
@@ -126,11 +132,9 @@ def test_no_image_passes_the_cap_and_stages_behind_it_are_not_there(model, image
         assert max(session.exits) == 1 == len(steps) - 1
 
 
-def test_the_account_holds_every_mac_once(model, images, tmp_path):
-    artifact = write(model, "openvino", tmp_path / "out")
-    session = artifact.open(batch=1)
-    ops = session.profile(images[:1].numpy(), repeats=1)
-    assert sum(op.macs for op in ops) == read_policy(artifact.path)[-1].macs
+def test_the_account_holds_every_mac_once(untaken, images):
+    ops = untaken.open(batch=1).profile(images[:1].numpy(), repeats=1)
+    assert sum(op.macs for op in ops) == read_policy(untaken.path)[-1].macs
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_without_rounding_everything_is_the_models_own(name: str) -> None:
     graph_module, ask = traced(name), Recorder()
     own = inputs_of(graph_module, images())
     fit(graph_module, list(sites(graph_module)), images(), ask, False, silent)
+    assert {call.site.name for call in ask.calls} == own.keys()
     for call in ask.calls:
         for position, operand in call.operands.items():
             assert torch.equal(operand.value, own[call.site.name][position])

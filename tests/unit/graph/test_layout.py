@@ -251,7 +251,9 @@ def test_q_k_and_v_lie_side_by_side_as_timm_has_them() -> None:
 
 def test_separate_projections_are_found_on_hugging_face() -> None:
     graph_module = traced("hf_vit")
-    for attention in attentions(graph_module):
+    found = attentions(graph_module)
+    assert len(found) == 2
+    for attention in found:
         assert attention.q
         assert attention.k
         assert attention.v
@@ -263,7 +265,9 @@ def test_normalized_q_and_k_come_from_no_linear() -> None:
     graph_module = traced("qk_norm")
     split_projections_(graph_module)
     scale_after_scores_(graph_module)
-    for attention in attentions(graph_module):
+    found = attentions(graph_module)
+    assert len(found) == 2
+    for attention in found:
         assert (attention.q, attention.k) == (None, None)
         assert attention.v
         assert attention.output

@@ -95,10 +95,11 @@ def test_a_job_shows_the_patches_to_whoever_reads_its_report(monkeypatch: pytest
     monkeypatch.setattr(job.Duel, "measure", lambda *_: {"fidelity": {"n_images": 8}})
     monkeypatch.setattr(job, "gate", lambda *_: {"passed": True, "reasons": [], "judged": []})
     monkeypatch.setattr(store, "write_report", lambda _, document: written.append(document))
+    digits = open_images("martlet:digits")
     for recipe in (ToMe(r={1: 6, 2: 3}), Readout()):
         job.compress(
             "martlet:digit_vit",
-            images="martlet:digits",
+            images=digits,
             recipe=Recipe((recipe,)),
             engine="torch",
             out=tmp_path / recipe.name,

@@ -1,13 +1,17 @@
 """Strategies on a space whose front is known by trying everything; and a study that is stopped anywhere."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial
 
 from martlet.core.errors import ArtifactError, UsageError
 from martlet.core.facts import ALL_FACTS
@@ -43,6 +47,8 @@ class Space:
 class Cost(Recipe):
     """What a draw loses and takes."""
 
+    values: tuple[float, float]
+
     def __init__(self, on: bool, a: int, b: int, c: int = 0) -> None:
         object.__setattr__(self, "passes", ())
         loss = a * a + 2 * b + (0 if on else 6) + 0.5 * (c - 1) ** 2
@@ -51,8 +57,8 @@ class Cost(Recipe):
 
 
 def everything() -> np.ndarray:
-    rows = [Cost(True, *each).values for each in itertools.product(*map(range, SIZES.values()))]  # type: ignore[attr-defined]
-    rows += [Cost(False, a, b).values for a, b in itertools.product(range(SIZES["a"]), range(SIZES["b"]))]  # type: ignore[attr-defined]
+    rows = [Cost(True, *each).values for each in itertools.product(*map(range, SIZES.values()))]
+    rows += [Cost(False, a, b).values for a, b in itertools.product(range(SIZES["a"]), range(SIZES["b"]))]
     return np.array(rows)
 
 
@@ -60,15 +66,34 @@ def study(path: Path, strategy: str, seed: int = 0) -> Study:
     return Study.open(path, 2, Space(), strategies.get(strategy), seed, ALL_FACTS)  # type: ignore[arg-type]
 
 
-def told(path: Path, strategy: str, batches: int, seed: int = 0) -> np.ndarray:
-    """All values after so many batches."""
-    one = study(path, strategy, seed)
+@contextlib.contextmanager
+def in_memory() -> Iterator[None]:
+    """Studies that are opened so write no file, which takes most of their time: files have tests of their own."""
+    create = optuna.create_study
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna, "create_study", lambda **its: create(**its | {"storage": InMemoryStorage()}))
+        yield
+
+
+def trials(strategy: str, batches: int, seed: int = 0) -> list[FrozenTrial]:
+    """All trials after so many batches."""
+    with in_memory():
+        one = study(Path(), strategy, seed)
     for _ in range(batches):
         for number, recipe in one.batch():
-            assert recipe is not None
-            values = recipe.values  # type: ignore[attr-defined]
-            one.tell(number, values, {"latency": values[1] / 12 - 1})
-    return np.array([t.values for t in one.study.get_trials()])
+            tell(one, number, recipe)
+    return one.study.get_trials()
+
+
+def tell(one: Study, number: int, recipe: Recipe | None) -> tuple[float, ...]:
+    assert isinstance(recipe, Cost)
+    one.tell(number, recipe.values, {"latency": recipe.values[1] / 12 - 1})
+    return recipe.values
+
+
+def told(strategy: str, batches: int, seed: int = 0) -> np.ndarray:
+    """All values after so many batches."""
+    return np.array([trial.values for trial in trials(strategy, batches, seed)])
 
 
 def volume(rows: np.ndarray) -> float:
@@ -79,8 +104,8 @@ def volume(rows: np.ndarray) -> float:
     "strategy",
     [pytest.param(s, marks=[] if s in ("tpe", "greedy") else pytest.mark.slow) for s in strategies.STRATEGIES],
 )
-def test_it_nears_the_front_that_trying_everything_finds(strategy: str, tmp_path: Path) -> None:
-    found, best = told(tmp_path / "study.db", strategy, 5), everything()
+def test_it_nears_the_front_that_trying_everything_finds(strategy: str) -> None:
+    found, best = told(strategy, 5), everything()
     assert len(found) == 5 * BATCH
     assert volume(found) > 0.85 * volume(best)
     assert volume(found[:4]) < volume(found)
@@ -88,9 +113,9 @@ def test_it_nears_the_front_that_trying_everything_finds(strategy: str, tmp_path
 
 
 @pytest.mark.slow
-def test_the_default_beats_chance(tmp_path: Path) -> None:
+def test_the_default_beats_chance() -> None:
     def mean(strategy: str) -> float:
-        return float(np.mean([volume(told(tmp_path / f"{strategy}{s}.db", strategy, 4, seed=s)) for s in range(3)]))
+        return float(np.mean([volume(told(strategy, 4, seed)) for seed in range(3)]))
 
     assert mean("tpe") > mean("random")
 
@@ -99,7 +124,7 @@ def test_the_default_beats_chance(tmp_path: Path) -> None:
     "strategy", ["tpe", *(pytest.param(s, marks=pytest.mark.slow) for s in ("nsga2", "linas", "greedy"))]
 )
 def test_stopped_anywhere_it_draws_what_it_would_have(strategy: str, tmp_path: Path) -> None:
-    whole = told(tmp_path / "whole.db", strategy, 3)
+    whole = told(strategy, 3)
     path, values = tmp_path / "broken.db", {}
     for stop in (1, 3, BATCH, 2, 5, BATCH):
         one = study(path, strategy)
@@ -109,20 +134,19 @@ def test_stopped_anywhere_it_draws_what_it_would_have(strategy: str, tmp_path: P
                 one.recipes.draw(one.study.ask())
             continue
         for number, recipe in one.batch()[:stop]:
-            assert recipe is not None
-            values[number] = recipe.values  # type: ignore[attr-defined]
-            one.tell(number, values[number], {"latency": values[number][1] / 12 - 1})
+            values[number] = tell(one, number, recipe)
     n = min(len(values), len(whole))
     assert n >= 2 * BATCH
     assert [values[i] for i in range(n)] == [tuple(row) for row in whole[:n]]
 
 
 @pytest.mark.parametrize("strategy", ["tpe", "greedy"])
-def test_what_is_begun_with_is_drawn_first(strategy: str, tmp_path: Path) -> None:
+def test_what_is_begun_with_is_drawn_first(strategy: str) -> None:
     starts = [{"switch": "off", "a": 5}, {"switch": "on", "a": 2, "b": 3, "c": 1}]
-    one = Study.open(tmp_path / "s.db", 2, Space(starts), strategies.get(strategy), 0, ALL_FACTS)  # type: ignore[arg-type]
+    with in_memory():
+        one = Study.open(Path(), 2, Space(starts), strategies.get(strategy), 0, ALL_FACTS)  # type: ignore[arg-type]
     for number, recipe in one.batch():
-        one.tell(number, recipe.values)  # type: ignore[union-attr]
+        tell(one, number, recipe)
     drawn = [trial.params for trial in one.study.get_trials()]
     assert [{k: params[k] for k in start} for params, start in zip(drawn, starts, strict=False)] == starts
     assert "c" not in drawn[0]
@@ -191,19 +215,13 @@ def test_predictors_are_ridge_or_support_vectors_on_ranks_and_rank_what_they_hav
     assert Predictor(known, values)([{"bits0": 99, "unheard": 1}]).shape == (1,)
 
 
-def test_linas_draws_nothing_twice_and_beats_chance_once_it_predicts(tmp_path: Path) -> None:
+def test_linas_draws_nothing_twice_and_beats_chance_once_it_predicts() -> None:
     chance = -(-STARTUP // BATCH)
-    batches = chance + 1
-    one = study(tmp_path / "s.db", "linas")
-    for _ in range(batches):
-        for number, recipe in one.batch():
-            one.tell(number, recipe.values)  # type: ignore[union-attr]
-    drawn = [tuple(sorted(trial.params.items())) for trial in one.study.get_trials()]
-    assert len(set(drawn[chance * BATCH :])) == BATCH
-    assert not set(drawn[chance * BATCH :]) & set(drawn[: chance * BATCH])
-    rows = np.array([trial.values for trial in one.study.get_trials()])
-    by_chance = told(tmp_path / "r.db", "random", batches)
-    assert volume(rows) > volume(by_chance)
+    found = trials("linas", chance + 1)
+    params = [tuple(sorted(trial.params.items())) for trial in found]
+    assert len(set(params[chance * BATCH :])) == BATCH
+    assert not set(params[chance * BATCH :]) & set(params[: chance * BATCH])
+    assert volume(np.array([trial.values for trial in found])) > volume(told("random", chance + 1))
 
 
 def test_bad_use(tmp_path: Path) -> None:
