@@ -237,3 +237,10 @@ def test_stopped_while_measuring_it_leaves_nothing(martlet, compress, tmp_path, 
 def test_stopped_after_sessions_have_come_and_gone(tmp_path):
     done = subprocess.run([sys.executable, "-c", SESSIONS, tmp_path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "interrupted\n")
+
+
+def test_weights_of_the_last_of_a_cascade_are_beside_it_and_there_once(refused, tmp_path):
+    rest = ("--images", "martlet:digits", "--max-drop", 1, "--out", tmp_path / "out")
+    twice = refused(BAD_USE, "cascade", "martlet:digit_vit", "martlet:digit_vit=a.pt", "--weights", "b.pt", *rest)
+    assert "martlet:digit_vit has weights twice: a.pt and --weights b.pt; leave one out" in twice
+    assert "a.pt" in refused(BAD_USE, "cascade", "martlet:digit_vit", "martlet:digit_vit=a.pt", *rest)

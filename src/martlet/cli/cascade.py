@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,10 @@ def cascade(
     """
     if len(models) < 2:
         raise UsageError("a cascade needs two models or more, the cheapest first; for one, see compress --recipe")
+    spec, _, file = models[-1].partition("=")
+    if file and model_options.weights:
+        raise UsageError(f"{spec} has weights twice: {file} and --weights {model_options.weights}; leave one out")
+    last = replace(model_options, weights=file or model_options.weights)
 
     def job(progress: Progress) -> Artifact:
         from martlet.core.recipe import Recipe
@@ -88,7 +93,7 @@ def cascade(
         else:
             recipe = budget.apply(Recipe((joined, Window(coverage=coverage, width=width))), None)
         return compress(
-            lambda: model_options.load(models[-1], seed),
+            lambda: last.load(spec, seed),
             images=image_options.open(seed),
             recipe=recipe,
             engine=engine,
