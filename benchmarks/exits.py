@@ -78,8 +78,8 @@ PARTS = ("accuracy", "latency", "stream")
 BATCHES = (1, 16)
 ONE = "one"
 """What the files are called of a graph that computes all exits."""
-TIMED, ASKED = 64, 16
-"""Images that are timed, and of a batch that all exits are asked for."""
+TIMED, ASKED, SECONDS = 64, 16, 45.0
+"""Images that are timed, and of a batch that all exits are asked for; and of timing a batch size."""
 Job = Callable[[str, Path, Path, Progress], dict[str, Any]]
 
 
@@ -322,7 +322,7 @@ def timed(
         sessions["one graph"] = target.sessions(folder, {ONE: [batch]}, "f32", cores(), False)[ONE][batch]
         groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
         runs = {which: functools.partial(_each, session, groups) for which, session in sessions.items()}
-        ms = latency.interleave(runs, seed=seed, progress=progress)
+        ms = latency.interleave(runs, seed=seed, min_seconds=SECONDS, max_seconds=2 * SECONDS, progress=progress)
         found[str(batch)] = {
             which: {
                 "ms": latency.summary(times / len(groups) / batch),
