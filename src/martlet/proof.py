@@ -239,9 +239,11 @@ class Duel:
 def gate(document: Document, max_drop: float | None = None) -> Gate:
     """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why.
 
-    A simulated speed isn't judged.
+    A simulated speed isn't judged, nor the size of a model that can stop early: exits, or further models of a cascade,
+    are what its speed is bought with.
     """
-    baseline, artifact, reasons, judged = document["baseline"], document["artifact"], [], ["size"]
+    baseline, artifact, reasons = document["baseline"], document["artifact"], []
+    judged = [] if "exits" in document else ["size"]
     speedup = document["speedup"]
     if speedup is not None:
         judged.insert(0, "speed")
@@ -252,7 +254,7 @@ def gate(document: Document, max_drop: float | None = None) -> Gate:
             f"slower than the untouched model: {speedup['median']:.2f}x its speed "
             f"({speedup['low']:.2f} to {speedup['high']:.2f}); costliest operations in float: {named or 'none'}"
         )
-    if artifact["file_bytes"] > baseline["file_bytes"]:
+    if "size" in judged and artifact["file_bytes"] > baseline["file_bytes"]:
         sizes = artifact["file_bytes"] / 1e6, baseline["file_bytes"] / 1e6
         reasons.append(f"larger than the untouched model: {sizes[0]:.2f} MB against {sizes[1]:.2f} MB")
     if max_drop is not None:

@@ -76,6 +76,13 @@ def test_larger_by_a_byte_is_larger(artifact, reasons):
     assert gate(document(file_bytes=(20 * MB, artifact)))["reasons"] == reasons
 
 
+def test_a_model_that_stops_early_may_be_larger():
+    larger = document(file_bytes=(20 * MB, 25 * MB))
+    assert gate(larger)["judged"] == ["speed", "size"]
+    found = gate({**larger, "exits": {}})  # type: ignore[typeddict-item]
+    assert (found["reasons"], found["judged"]) == ([], ["speed"])
+
+
 @pytest.mark.parametrize(
     ("artifact", "reasons"),
     [
