@@ -41,7 +41,7 @@ from martlet.data.batches import batches
 from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
-from martlet.engine.base import IMAGES, Piece, cores
+from martlet.engine.base import Piece, cores
 from martlet.engine.staged import StagedSession, read_policy, write_policy
 from martlet.functional.exits import Budget, Plan, decide, plan, solve
 from martlet.graph.stages import unstaged
@@ -273,11 +273,7 @@ def ask(session: StagedSession, groups: Iterable[Any], progress: Progress) -> di
     confidences, answers, labels = [], [], []
     for i, (images, known, _) in enumerate(groups):
         whole = np.concatenate([images, np.zeros((ASKED - len(images), *images.shape[1:]), images.dtype)])
-        values, found = {IMAGES: whole}, []
-        for step, stage in zip(session.steps, session.stages(), strict=True):
-            given = [np.array(each) for each in stage.run([values[name] for name in step.inputs])]
-            values |= zip(step.outputs, given, strict=True)
-            found.append([each[: len(images)] for each in given])
+        found = [[each[: len(images)] for each in given.values()] for given in session.through(whole)]
         confidences.append(np.stack([values[1] for values in found[:-1]]))
         answers.append(np.stack([values[0].argmax(1) for values in found]))
         labels += known or []

@@ -18,6 +18,11 @@ def measured_on(entries: Iterable[Mapping[str, Any]]) -> str:
     return "Measured on " + "; on ".join(f"{where} ({count})" for where, count in found.most_common()) + "."
 
 
+def interval(ratio: Mapping[str, float] | None) -> str:
+    """A ratio of times with its interval, if it was measured."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–"
+
+
 def spread(values: Sequence[float]) -> str:
     """Their mean, and the range where there are several."""
     found = f"{fmean(values):.1f}"

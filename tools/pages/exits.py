@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from martlet.report import verdict
 from martlet.report.cards import table
 from pages import measured_on
 
@@ -50,7 +51,7 @@ def page(document: Mapping[str, Any]) -> str:
                 NAMES.get(which) or f"with exits, {which.removeprefix('staged at ')} points lost",
                 f"{row['test'][which]['top1_pct']:.1f}" if which in row["test"] else "",
                 f"{its['ms']['median']:.3f}",
-                f"{its['speedup']['median']:.2f}× ({its['speedup']['low']:.2f}–{its['speedup']['high']:.2f})",
+                verdict.interval(its["speedup"]),
             )
             for name, row in document["latency"].items()
             for batch, of_batch in row["batches"].items()

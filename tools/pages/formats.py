@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from martlet.report.cards import table
+from pages import interval
 
 BENCHMARK, PATH = "formats", "docs/formats.md"
 MAX_DROP_PCT = 1.0
@@ -86,7 +87,7 @@ def _accuracy(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) ->
 def _format_row(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], plain: int | None) -> tuple[str, ...]:
     if "error" in entry:
         return (entry["format"], f"can't: {entry['error']}", *("–",) * 6)
-    found, ratio, size = _accuracy(entry, entries), entry.get("speedup_over_fp32"), entry["file_bytes"]
+    found, size = _accuracy(entry, entries), entry["file_bytes"]
     timed = "latency_ms" in entry
     return (
         entry["format"],
@@ -95,7 +96,7 @@ def _format_row(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], 
         f"{size / 1e6:.1f}",
         f"{plain / size:.1f} ×" if plain else "–",
         f"{entry['latency_ms']['median']:.2f}" if timed else "simulated" if entry["simulated"] else "–",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–",
+        interval(entry.get("speedup_over_fp32")),
         f"{entry['compressed_macs_pct']:.0f}" if timed else "–",
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from martlet.report.cards import table
+from pages import interval
 
 BENCHMARK, PATH = "peers", "docs/peers.md"
 OURS = "openvino int8 (Martlet)"
@@ -49,7 +50,7 @@ def latencies(document: Mapping[str, Any]) -> list[str]:
         (
             f"`{model['name']}`",
             *(_latency(entry) for entry in (_entry(model, name) for name in contenders)),
-            _ratio(_entry(model, OURS)),
+            interval(_entry(model, OURS).get("speedup_over_nncf")),
         )
         for model in models
     ]
@@ -70,11 +71,6 @@ def _entry(model: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _latency(entry: Mapping[str, Any]) -> str:
     return f"{entry['latency_ms']['median']:.2f}" if entry.get("latency_ms") else "–"
-
-
-def _ratio(entry: Mapping[str, Any]) -> str:
-    ratio = entry.get("speedup_over_nncf")
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "–"
 
 
 def _pct(found: Mapping[str, Any], key: str) -> str:

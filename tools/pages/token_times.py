@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from martlet.report.cards import table
-from pages import measured_on
+from pages import interval, measured_on
 
 BENCHMARK, PATH = "tokens", "docs/token_times.md"
 HEADING = ("What ran", "Floating point", "Median ms", "Over NNCF's int8", "The same, caches warm", "Top-1 %")
@@ -42,11 +42,7 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         f"`{entry['name']}`",
         entry["floating_point"],
         f"{entry['latency_ms']['median']:.2f}",
-        _ratio(entry["speedup_over_nncf"]),
-        _ratio(entry["speedup_over_nncf_in_turns"]),
+        interval(entry["speedup_over_nncf"]),
+        interval(entry["speedup_over_nncf_in_turns"]),
         f"{accuracy['top1_pct']:.2f}" if accuracy else "–",
     )
-
-
-def _ratio(value: Mapping[str, float]) -> str:
-    return f"{value['median']:.2f} ({value['low']:.2f}–{value['high']:.2f})"

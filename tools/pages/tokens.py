@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from martlet.report.cards import table
+from pages import interval
 
 BENCHMARK, PATH = "token_studies", "docs/tokens.md"
 ABOUT = {
@@ -102,7 +103,7 @@ def _times(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             e["name"],
             f"{e['model']}, {e['size']} px, batch {e['batch']}, {e['precision']}",
             f"{e['macs_float'] / e['macs']:.2f}",
-            f"{e['speedup']['median']:.2f} ({e['speedup']['low']:.2f}–{e['speedup']['high']:.2f})",
+            interval(e["speedup"]),
             f"{e['goal']:g}",
             f"{e['stage']}*: {1 - e['stage_ms']['fewer'] / e['stage_ms']['untouched']:.0%}" if "stage" in e else "–",
         )
@@ -116,7 +117,7 @@ def _throughput(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         (
             e["name"],
             f"{e['model'].partition(' ')[0]}, {e['batch']} images",
-            f"{e['speedup']['median']:.2f} ({e['speedup']['low']:.2f}–{e['speedup']['high']:.2f})",
+            interval(e["speedup"]),
             f"{e['goal']:g}",
             " and ".join(f"{share:.0%} {how}" for how, share in e.get("padding_ratio", {}).items()) or "–",
         )

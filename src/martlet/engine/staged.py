@@ -189,14 +189,22 @@ class StagedSession(Session):
         """Each stage compiled for the session's batch."""
         return [sessions[self.batch] for sessions in self._sessions]
 
-    def _inputs(self, images: np.ndarray) -> list[list[np.ndarray]]:
-        """What every stage is given if no image leaves."""
+    def through(self, images: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Every stage on all images: what each gives, by name, in order: logits, confidence, more."""
         check_images(images, self.batch)
         values, found = {IMAGES: images}, []
         for k, step in enumerate(self.steps):
-            found.append([values[name] for name in step.inputs])
-            values |= zip(step.outputs, map(np.array, self._stage(k, found[-1])), strict=True)
+            given = map(np.array, self._stage(k, [values[name] for name in step.inputs]))
+            found.append(dict(zip(step.outputs, given, strict=True)))
+            values |= found[-1]
         return found
+
+    def _inputs(self, images: np.ndarray) -> list[list[np.ndarray]]:
+        """What every stage is given if no image leaves."""
+        values = {IMAGES: images}
+        for given in self.through(images):
+            values |= given
+        return [[values[name] for name in step.inputs] for step in self.steps]
 
     def _stage(self, k: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """A stage on any number of images."""

@@ -68,7 +68,7 @@ def fold_layer_norms_(graph_module: GraphModule) -> int:
 
 def _absorb_(graph_module: GraphModule, layer: Node, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
     """A Linear of what isn't scaled and shifted any more, (I,) each."""
-    signal, weight, bias = (*layer.args, None) if len(layer.args) == 2 else layer.args
+    _, weight, bias = (*layer.args, None) if len(layer.args) == 2 else layer.args
     assert isinstance(weight, Node)
     values, added = _tensor(graph_module, weight), _tensor(graph_module, bias)
     assert values is not None
@@ -81,13 +81,20 @@ def _absorb_(graph_module: GraphModule, layer: Node, scale: torch.Tensor | None,
     total = wide @ shift.detach().double()
     if added is not None:
         total += added.detach().double()
+    _set_bias_(graph_module, layer, nn.Parameter(total.to(values.dtype), requires_grad=False))
+
+
+def _set_bias_(graph_module: GraphModule, layer: Node, parameter: nn.Parameter) -> None:
+    """In place of the layer's bias, or beside its weight where it has none."""
+    signal, weight, bias, *rest = (*layer.args, None) if len(layer.args) == 2 else layer.args
+    assert isinstance(weight, Node)
     name = str(bias.target) if isinstance(bias, Node) else _bias_name(str(weight.target))
-    _set(graph_module, name, nn.Parameter(total.to(values.dtype), requires_grad=False))
-    if not isinstance(bias, Node):
+    _set(graph_module, name, parameter)
+    if bias is None:
         with graph_module.graph.inserting_before(layer):
             new = graph_module.graph.get_attr(name)
-        new.meta = {"val": weight.meta["val"].new_empty(len(total))}  # the shape of a channel: (O,)
-        layer.args = (signal, weight, new)
+        new.meta = {"val": weight.meta["val"].new_empty(len(parameter))}  # the shape of a channel: (O,)
+        layer.args = (signal, weight, new, *rest)
 
 
 def _linears_alone(norm: Node) -> bool:
@@ -118,7 +125,7 @@ def _layer_before(norm: Node) -> Node | None:
     if layer.target is aten.convolution.default and layer.args[6]:
         return None  # transposed: output channels are the weight's second axis
     own = [a for a in layer.args[1:3] if a is not None]
-    alone = len(layer.users) == 1 and all(isinstance(a, Node) and a.op == "get_attr" for a in (*own, *parameters))
+    alone = len(layer.users) == 1 and all(map(_parameter, (*own, *parameters)))
     alone = alone and all(user.target is operator.getitem and user.args[1] == 0 for user in norm.users)
     return layer if alone and all(isinstance(a, Node) and len(a.users) == 1 for a in own) else None
 
@@ -127,7 +134,7 @@ def _fold_(graph_module: GraphModule, layer: Node, norm: Node) -> set[str]:
     """Folds one, and names the parameters and buffers that only it can have needed."""
     graph = graph_module.graph
     source, gamma, beta, mean, variance, _, eps = norm.args
-    signal, weight, bias, *rest = (*layer.args, None) if len(layer.args) == 2 else layer.args
+    _, weight, bias, *_ = (*layer.args, None) if len(layer.args) == 2 else layer.args
     assert isinstance(source, Node)
     assert isinstance(weight, Node)
     assert isinstance(mean, Node)
@@ -138,13 +145,7 @@ def _fold_(graph_module: GraphModule, layer: Node, norm: Node) -> set[str]:
         new_weight, new_bias = fuse_conv_bn_weights(*values, eps, *affine)  # type: ignore[arg-type]
     trainable = getattr(values[0], "requires_grad", False)
     _set(graph_module, str(weight.target), nn.Parameter(new_weight.detach(), trainable))
-    bias_name = str(bias.target) if isinstance(bias, Node) else _bias_name(str(weight.target))
-    _set(graph_module, bias_name, nn.Parameter(new_bias.detach(), trainable))
-    if bias is None:
-        with graph.inserting_before(layer):
-            bias = graph.get_attr(bias_name)
-        bias.meta = {"val": mean.meta["val"]}  # the shape of a channel: (O,)
-        layer.args = (signal, weight, bias, *rest)
+    _set_bias_(graph_module, layer, nn.Parameter(new_bias.detach(), trainable))
     for user in list(norm.users):
         user.replace_all_uses_with(source)
         graph.erase_node(user)
