@@ -5,7 +5,8 @@
     python benchmarks/prune.py --entries "ziplm, distill" --ratios 0.2    # ten minutes of training; quiet machine
     python benchmarks/prune.py --parts accuracy attention         # comcat and svd at half of attention's parameters
     python benchmarks/prune.py --parts latency --timed magnitude  # OpenVINO, interleaved; needs a quiet machine
-    python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for nvit's latency_table
+    python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for a `latency_table`
+    python benchmarks/prune.py --parts slimming --table blocks.json       # whether ziplm with it meets target latencies
 
 Writes one JSON file, entry after entry; started again with the same settings, it goes on where it stopped. All entries
 get the same calibration images and are tested on the same others. Torch-Pruning also gets the labels. Its ratio of
@@ -40,8 +41,8 @@ from martlet.core.technique import Context, Progress, Technique
 from martlet.engine.base import cores
 from martlet.measure import latency
 from martlet.vit.budget import total_macs
-from martlet.vit.latency_law import fit_law
-from martlet.vit.structure import BlockShape, restore_structure_
+from martlet.vit.latency_law import fit_law, read_law
+from martlet.vit.structure import BlockShape, restore_structure_, shape_of
 from martlet.vit.view import view
 from prune_ways import ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 MODEL, WEIGHTS = "timm:vit_tiny_patch16_224", "vit_tiny_patch16_224.in1k.safetensors"
 RATIOS = (0.2, 0.4)
-PARTS = ("accuracy", "attention", "latency", "table")
+PARTS = ("accuracy", "attention", "latency", "table", "slimming")
 ENGINE = "openvino"
 BLOCKS = tuple(
     BlockShape(heads, qk, v, hidden)
@@ -121,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "table" in options.parts:
             with working("table") as progress:
                 peers.write(options.table, block_table(ready(progress), options.seconds, progress))
+        if "slimming" in options.parts:
+            with working("slimming") as progress:
+                document["slimming"] = slimmed(ready(progress), options, progress)
+            peers.write(options.out, document)
     except MartletError as error:
         note(str(error))
         return error.exit_status
@@ -287,6 +292,7 @@ class Bench:
         return Context(
             images=self.calibration,
             seed=self.settings.seed,
+            engine=ENGINE,
             int8=engine.int8,
             precisions=engine.alternatives(),
             progress=progress,
@@ -351,6 +357,52 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
     fit_law(rows)  # raises, if they don't hold together
     cpu = report.environment(peers.PACKAGES)["cpu"]
     return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
+
+
+def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """Models that ziplm cut by a table of latencies: what each takes, interleaved with the whole, and what was asked.
+
+    A ratio is of the time of the blocks; what else takes time, patches and the head, stays as it is.
+    """
+    engine = engines.get(ENGINE)
+    precision = "bf16" if "bf16" in engine.alternatives() else "f32"
+    vit = view(bench.model.module)
+    law = read_law(str(options.table), "slimming", ENGINE)
+    in_blocks = sum(law(shape_of(block)) for block in vit.blocks)
+    models = {0.0: bench.model}
+    for ratio in options.ratios:
+        settings = {"prune_ratio": ratio, "latency_table": str(options.table)}
+        technique = registry.technique("ziplm").from_settings(settings)
+        models[ratio] = pipeline.run(bench.model, Recipe((technique,)), bench.for_engine(progress))
+    probe = next(iter(bench.calibration))[:1].numpy()
+    runs = {}
+    with ExitStack() as stack:
+        for ratio, model in models.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            engine.lower(model, folder)
+            session = engine.open(folder, precision=precision, threads=cores())
+            runs[str(ratio)] = lambda session=session: session(probe)
+        times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
+    whole_ms = latency.summary(times["0.0"])["median"]
+    found = []
+    for ratio in options.ratios:
+        shapes = [shape_of(block) for block in view(models[ratio].module).blocks]
+        left = latency.ratio(times[str(ratio)], times["0.0"], bench.settings.seed)
+        target = 1 - ratio * in_blocks / whole_ms
+        found.append(
+            {
+                "prune_ratio": ratio,
+                "floating_point": precision,
+                "target_of_whole": target,
+                "predicted_of_whole": 1 - (in_blocks - sum(map(law, shapes))) / whole_ms,
+                "measured_of_whole": left,
+                "off_target_ratio": left["median"] / target - 1,
+                "latency_ms": latency.summary(times[str(ratio)]),
+                "macs_removed_ratio": 1 - total_macs(models[ratio]) / bench.macs,
+                "top1_pct": bench.top1_pct(models[ratio]),
+            }
+        )
+    return found
 
 
 def _timed_models(

@@ -126,6 +126,7 @@ def run(workload: Workload, assets: Path, settings: Settings, progress: Progress
 
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
+    from martlet.models.random_weights import randomize_
     from martlet.source import load_model
 
     torch.set_num_threads(settings.threads)
@@ -133,6 +134,8 @@ def run(workload: Workload, assets: Path, settings: Settings, progress: Progress
     weights = assets / "weights" / workload.weights if workload.weights else None
     size = {"img_size": workload.image_size} if workload.image_size else None
     model = load_model(f"timm:{workload.model}", weights=weights, model_kwargs=size, seed=settings.seed)
+    if not weights:
+        randomize_(model.module, settings.seed)  # biases of zero would be left out of some files and not of others
     n = settings.calibration_images if weights else settings.calibration_images_random
     pool, rest = open_images(peers._images(assets, peers.VALIDATION)).split(peers.HELD_OUT, settings.seed)
     calibration = Calibration(pool, model.preprocess, n=n, batch_size=8, seed=settings.seed)
