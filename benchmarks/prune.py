@@ -359,7 +359,7 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
     return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
 
 
-def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Models that ziplm cut by a table of latencies: what each takes, interleaved with the whole, and what was asked.
 
     A ratio is of the time of the blocks; what else takes time, patches and the head, stays as it is.
@@ -402,7 +402,7 @@ def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> li
                 "top1_pct": bench.top1_pct(models[ratio]),
             }
         )
-    return found
+    return {"environment": report.environment(peers.PACKAGES), "models": found}
 
 
 def _timed_models(
