@@ -38,7 +38,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.batches import batches
-from martlet.data.calibration import Calibration
+from martlet.data.calibration import Calibration, First
 from martlet.data.examples import Examples
 from martlet.data.images import Images
 from martlet.engine.base import Piece, cores
@@ -47,7 +47,6 @@ from martlet.functional.exits import Budget, Plan, decide, plan, solve
 from martlet.graph.stages import unstaged
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
-from martlet.recipe_search.space import First
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 from tuning_tasks import base

@@ -12,9 +12,9 @@ from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Technique
+from martlet.data.calibration import First
 from martlet.functional.structure.low_rank import Factors, of_heads, of_outputs, of_weight
 from martlet.nn.low_rank import LowRankLinear
-from martlet.recipe_search.space import First
 from martlet.source import load_model
 from martlet.techniques.low_rank import afm
 from martlet.techniques.low_rank.afm import AFM

@@ -40,6 +40,9 @@ def search(
     strategy: Annotated[str, Option(metavar="NAME", help="tpe, nsga2, linas, greedy, constrained or random.")] = "tpe",
     num_images: Annotated[int, Option(min=1, metavar="N", help="How many of --images to search on.")] = 256,
     num_calib: Annotated[int, Option(min=1, metavar="N", help="How many of those to calibrate on.")] = 32,
+    train: Annotated[
+        str | None, Option(metavar="PATH", help="Other images, to train exits on.", show_default=False)
+    ] = None,
     peer: Annotated[
         list[str] | None,
         Option(metavar="NAME=DIR", help="An artifact to measure beside the finalists.", show_default=False),
@@ -80,6 +83,7 @@ def search(
                 strategy=strategy,
                 num_images=num_images,
                 num_calib=num_calib,
+                train=train,
                 peers=peers,
                 workers=workers,
                 ray_address=ray_address,
@@ -88,7 +92,7 @@ def search(
                 seed=seed,
                 progress=progress,
                 command=ctx.obj,
-                rebuild=_rebuild(model, model_options, image_options, engine, num_calib, threads, seed),
+                rebuild=_rebuild(model, model_options, image_options, train, engine, num_calib, threads, seed),
             )
     except Stopped:
         from martlet.core import store
@@ -124,6 +128,7 @@ def _rebuild(
     model: str,
     model_options: ModelOptions,
     image_options: ImageOptions,
+    train: str | None,
     engine: str,
     num_calib: int,
     threads: int | None,
@@ -138,5 +143,6 @@ def _rebuild(
                 words.append(option)
             elif value not in (None, False):
                 words += [option, str(value)]
+    words += ["--train", train] if train else []
     words += ["--engine", engine, "--num-calib", str(num_calib), "--seed", str(seed)]
     return shlex.join(words + (["--threads", str(threads)] if threads else []))

@@ -50,10 +50,11 @@ def _at(context: Context, preprocess: Preprocess) -> Context:
     """The context for a model that wants its images otherwise."""
     from martlet.data.calibration import Resized
 
-    images, training = context.images, context.training
+    images, apart, training = context.images, context.apart, context.training
     return replace(
         context,
         images=None if images is None else Resized(images, preprocess),
+        apart=None if apart is None else Resized(apart, preprocess),
         training=None if training is None else training.at(preprocess),
     )
 

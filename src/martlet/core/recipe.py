@@ -63,11 +63,9 @@ class Recipe:
                 cure = (
                     "one of them is enough"
                     if breaker.name == technique.name
-                    else (
-                        f"move {technique.name} before it"
-                        if fact not in breaker.requires
-                        else f"leave one of the two out, or move {technique.name} before it"
-                    )
+                    else "leave one of the two out"
+                    if technique.breaks & breaker.requires  # so they can't stand the other way round either
+                    else f"move {technique.name} before it"
                 )
                 raise RecipeError(f"{me} requires '{fact}', which passes[{j}] {breaker.name} breaks; {cure}")
             for fact in technique.breaks & facts:

@@ -91,11 +91,16 @@ class Choices:
     settings: by field, the values that it may have.
     front: what finds, by measuring a model, the values of one more field that are worth drawing; None if there is none.
     always: it is exact, and no recipe that can have it is better without.
+    follows: a fact. It is in just those recipes in which that doesn't hold any more, for without it what broke the fact
+        does nothing, and it does nothing without that.
+    trains: it is drawn only where there are images to train on.
     """
 
     settings: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     front: type[Space] | None = None
     always: bool = False
+    follows: Fact | None = None
+    trains: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +126,14 @@ class Context:
     engine: the name of the engine that is meant; empty if none is.
     precisions: those of PRECISIONS that the engine computes fast in on this machine; all, if no engine is meant.
     kept: where work that takes long leaves what it has done, in case it is stopped; None keeps nothing.
+    apart: calibration images that no other pass learns from, for one that judges the others; `images`, if None.
     training: what models are trained on, apart from what they are tested on; None if there is none.
     teacher: whose outputs a model in training learns; the pipeline puts the untouched model here if there is none.
     finetunes: what is merged into the model.
     """
 
     images: Batches | None = None
+    apart: Batches | None = None
     training: Examples | None = None
     teacher: Model | None = None
     finetunes: Sequence[Finetune] = ()

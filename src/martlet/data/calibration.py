@@ -20,11 +20,14 @@ HELD_BYTES = 512 << 20
 
 
 class Resized:
-    """The same images in the same order at another size: decoded again where they can be, else resized."""
+    """The same images in the same order at another size: decoded again where they can be, else resized.
+
+    labels: theirs; None where they have none.
+    """
 
     def __init__(self, images: Batches, preprocess: Preprocess) -> None:
         self._images, self._preprocess = images, preprocess
-        self.num_images = images.num_images
+        self.num_images, self.labels = images.num_images, getattr(images, "labels", None)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if callable(at := getattr(self._images, "at", None)):
@@ -39,6 +42,32 @@ def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(images.shape[-2:]) == size:
         return images
     return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True)
+
+
+class First:
+    """The first n of calibration images, those before `skipped` left out.
+
+    labels: of the images; None where the others have none.
+    """
+
+    def __init__(self, images: Batches, n: int, skipped: int = 0) -> None:
+        self._images, self._skipped = images, skipped
+        self.num_images = min(n, images.num_images - skipped)
+        labels = getattr(images, "labels", None)
+        self.labels = None if labels is None else labels[skipped:][:n]
+
+    def at(self, preprocess: Preprocess) -> First:
+        """The same images, preprocessed otherwise."""
+        return First(Resized(self._images, preprocess), self.num_images, self._skipped)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        skip, left = self._skipped, self.num_images
+        for batch in self._images:
+            if not left:
+                return
+            if len(part := batch[skip:][:left]):
+                yield part
+            skip, left = max(0, skip - len(batch)), left - len(part)
 
 
 class Calibration:

@@ -53,7 +53,7 @@ def lower(engine: Engine, model: Model, folder: Path) -> list[str]:
     module = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
     windows = [tuple(window(module, each).tolist()) for each in leaves(module)]
     parts = stages(module)
-    count = next((k for k, (low, _) in enumerate(windows, 1) if low == math.inf), len(parts))
+    count = next((k for k, (low, high) in enumerate(windows, 1) if low >= high), len(parts))
     macs = cumulative_macs(parts, size)
     with torch.no_grad():
         values = {IMAGES: torch.zeros(2, 3, *size)}

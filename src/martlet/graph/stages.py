@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from martlet.core.technique import Batches, Progress, silent
 from martlet.graph.trace import shapes_of
 from martlet.measure.macs import macs_by_node
-from martlet.nn.exits import LEAVE
+from martlet.nn.exits import LEAVE, goes_on
 
 IMAGES = "images"
 aten = torch.ops.aten
@@ -118,15 +118,40 @@ def ask(parts: Sequence[Stage], batches: Batches, progress: Progress = silent) -
     return np.concatenate(confidences, 1), np.concatenate(answers, 1)
 
 
+def leaving(graph_module: GraphModule, batches: Batches, progress: Progress = silent) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (N, K) with which each image leaves, and the stage (N,) after which."""
+    parts, windows = stages(graph_module), [window(graph_module, exit_) for exit_ in leaves(graph_module)]
+    logits, exits, done = [], [], 0
+    for batch in batches:
+        with torch.inference_mode():
+            *found, last = [[*given.values()] for given in run(parts, batch)]
+            its, left = last[0].clone(), torch.full((len(batch),), len(found))
+            for k, (answer, confidence, *_) in reversed([*enumerate(found)]):
+                gone = ~goes_on(confidence, windows[k])
+                its[gone], left[gone] = answer[gone], k
+        logits.append(its.float().numpy())
+        exits.append(left.numpy())
+        done += len(batch)
+        progress("ask every exit", done, batches.num_images)
+    return np.concatenate(logits), np.concatenate(exits)
+
+
 def cumulative_macs(parts: Sequence[Stage], size: tuple[int, int]) -> list[int]:
     """MACs of one image of (H, W) up to the end of each stage."""
     total, found = 0, []
-    values = {IMAGES: torch.zeros(1, 3, *size)}
+    for part, shapes in zip(parts, shapes_by_stage(parts, size), strict=True):
+        total += sum(node.macs for node in macs_by_node(part.module, shapes).values())
+        found.append(total)
+    return found
+
+
+def shapes_by_stage(parts: Sequence[Stage], size: tuple[int, int]) -> list[dict[Node, torch.Size]]:
+    """Of each stage, the shapes of its tensors for one image of (H, W)."""
+    values, found = {IMAGES: torch.zeros(1, 3, *size)}, []
     for part in parts:
         shapes, given = shapes_of(part.module, [values[name] for name in part.inputs])
         values |= zip(part.outputs, given, strict=True)
-        total += sum(node.macs for node in macs_by_node(part.module, shapes).values())
-        found.append(total)
+        found.append(shapes)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,13 +60,19 @@ def pick(images: Images, preprocess: Preprocess, chosen: np.ndarray, seed: int) 
     """The chosen of the readable images (n, 3, H, W), shuffled."""
     from martlet.data.batches import batches
 
-    wanted, found, start = set(chosen.tolist()), [], 0
-    for batch, _, _ in batches(images, preprocess, BATCH):
-        found += [image for i, image in enumerate(batch, start) if i in wanted]
+    found = gather((batch for batch, _, _ in batches(images, preprocess, BATCH)), chosen.tolist())
+    return np.stack([*found.values()])[np.random.default_rng(seed).permutation(len(found))]
+
+
+def gather(batches: Iterable[np.ndarray], chosen: Collection[int]) -> dict[int, np.ndarray]:
+    """The chosen of images that come in batches (B, 3, H, W), by their number."""
+    wanted, found, start = set(chosen), dict[int, np.ndarray](), 0
+    for batch in batches:
+        found |= {i: image for i, image in enumerate(batch, start) if i in wanted}
         start += len(batch)
         if len(found) == len(wanted):
             break
-    return np.stack(found)[np.random.default_rng(seed).permutation(len(found))]
+    return found
 
 
 def shares(session: StagedSession, found: Logits, which: str) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def worst_case(
     module = pipeline.traced(model).module
     assert isinstance(module, GraphModule)
     windows = [window(module, each) for each in leaves(module)]
-    cap = next((k for k, each in enumerate(windows) if each[0] == torch.inf), len(windows))
+    cap = next((k for k, (low, high) in enumerate(windows) if low >= high), len(windows))
     parts, windows = stages(module)[: cap + 1], windows[: cap + 1]
     gmacs = np.array(cumulative_macs(parts, model.preprocess.size)) / 1e9
     for part in parts:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from martlet import engine as engines
 from martlet.core import store
 from martlet.core.errors import MartletError, UsageError
+from martlet.core.facts import ALL_FACTS, Fact
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Progress, silent
+from martlet.core.technique import Progress, Technique, silent
 from martlet.recipe_search.folder import Folder, read_job
 from martlet.recipe_search.measure import FLOAT, Measure
-from martlet.recipe_search.space import First
+from martlet.recipe_search.whole import supplied
+
+if TYPE_CHECKING:
+    from martlet.data.images import Images
 
 WINNER = "winner"
 
@@ -61,8 +65,8 @@ def explain(run: str | Path, *, trust_code: bool = False, progress: Progress = s
     Raises:
         MartletError: it is no search, it has no winner yet, or its images can't be opened again.
     """
-    from martlet.data import open_images
     from martlet.data.calibration import Calibration
+    from martlet.data.examples import Examples
 
     path = Path(run)
     job, folder = read_job(path), Folder(path)
@@ -70,35 +74,61 @@ def explain(run: str | Path, *, trust_code: bool = False, progress: Progress = s
     if state is None:
         raise UsageError(f"{path} has no winner yet; the command that began the search goes on with it")
     recipe = Recipe.from_yaml(state["recipe"])
-    shorter = {t.name: Recipe(tuple(other for other in recipe.passes if other is not t)) for t in recipe.passes}
     known = folder.get("explained", recipe.digest())
     if known is None:
-        opened = job["images"]["opened"]
-        if opened is None:
-            raise UsageError(f"{path} was searched on images from Python, which can't be opened again")
-        images = open_images(**opened)
+        images = _opened(path, job["images"])
         source = store.load(folder.candidates / FLOAT.digest()).model(trust_code=trust_code)
         source.name = job["model"]["name"]
         searched, held_out = images.split(job["images"]["searched"], job["seed"])
         pool = Calibration(
             searched, source.preprocess, n=job["images"]["searched"], seed=job["seed"], progress=progress
         )
-        calibration, threads = First(pool, job["images"]["calibration"]), job["engine"]["threads"]
-        target = engines.get(job["engine"]["name"])
-        measure = Measure(source, target, folder, calibration, pool, threads, job["seed"], progress)
+        parts = [part for technique in recipe.passes if (part := technique.space())]
+        training = None
+        if any(part.trains for part in parts):
+            training = Examples.read(_opened(path, job["training"]), source.preprocess, source.num_classes, progress)
+        judging = any(part.follows for part in parts)
+        supply, judged = supplied(pool, job["images"]["calibration"], judging, training, folder)
+        target, threads = engines.get(job["engine"]["name"]), job["engine"]["threads"]
+        measure = Measure(source, target, folder, supply, judged, threads, job["seed"], progress)
+        shorter = {technique.name: without(recipe, technique, source.facts) for technique in recipe.passes}
         reasons = dict(_impossible(measure, shorter))
         possible = {name: one for name, one in shorter.items() if name not in reasons}
-        known = {"values": measure.final({WINNER: recipe, **possible}, {}, held_out), "why": reasons}
+        known = {
+            "values": measure.final({WINNER: recipe, **possible}, {}, held_out),
+            "why": reasons,
+            "recipes": {name: one.to_yaml() for name, one in shorter.items()},
+        }
         folder.put("explained", recipe.digest(), known)
     values, reasons = known["values"], known["why"]
     return Explanation(
         recipe=recipe,
         winner=values[WINNER],
         without=[
-            Without(technique=name, recipe=one, values=values.get(name), why=reasons.get(name, ""))
-            for name, one in shorter.items()
+            Without(technique=name, recipe=Recipe.from_yaml(yaml), values=values.get(name), why=reasons.get(name, ""))
+            for name, yaml in known["recipes"].items()
         ],
     )
+
+
+def without(recipe: Recipe, dropped: Technique, facts: frozenset[Fact]) -> Recipe:
+    """The recipe without a technique, and without what follows from that alone. facts: of the untouched model."""
+    left = [technique for technique in recipe.passes if technique is not dropped]
+    broken = (ALL_FACTS - facts).union(*(technique.breaks for technique in left))
+    follows = {technique: part.follows for technique in left if (part := technique.space())}
+    return Recipe(tuple(technique for technique in left if follows.get(technique) in {None, *broken}))
+
+
+def _opened(path: Path, described: Mapping[str, Any]) -> Images:
+    """
+    Raises:
+        UsageError: they were given from Python.
+    """
+    from martlet.data import open_images
+
+    if described["opened"] is None:
+        raise UsageError(f"{path} was searched on images from Python, which can't be opened again")
+    return open_images(**described["opened"])
 
 
 def _impossible(measure: Measure, recipes: dict[str, Recipe]) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 job.json        what the search is of; another job is refused
 study.db        Optuna's record of what was drawn
 screened/ measured/ final/ rounds/ fronts/    one JSON file for each thing that was found out
+trained/        what was trained, for every recipe that has it alike
 candidates/     compressed models, each an artifact without a report
 winner/         the best so far, as an artifact
 search.json     everything as one document; report.html shows it
@@ -26,6 +27,7 @@ from martlet.recipe_search.record import write
 
 VERSION = 2
 JOB, DOCUMENT, PAGE, WINNER = "job.json", "search.json", "report.html", "winner"
+TRAINED = "trained"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 from martlet.core.errors import MartletError
 from martlet.core.technique import Progress, Technique
+from martlet.data.calibration import First
 from martlet.recipe_search.folder import Folder
 from martlet.recipe_search.limits import Limits
 from martlet.recipe_search.measure import Measure
 from martlet.recipe_search.recipes import Recipes, spread
 from martlet.recipe_search.record import Record
 from martlet.recipe_search.screen import Screen
-from martlet.recipe_search.space import First
 
 FRONT = 12
 """Values of a front that are drawn from."""
@@ -56,10 +56,10 @@ class Fronts:
                 raise OutOfTime
             progress(what, done, total)
 
+        calibration = self.screen.supply.calibration
         space = kind(
-            m.source, recipe, position, m.engine, First(m.pool, JUDGED), self.screen.calibration, m.threads, m.seed,
-            timed, record,
-        )  # fmt: skip
+            m.source, recipe, position, m.engine, First(m.pool, JUDGED), calibration, m.threads, m.seed, timed, record
+        )
         try:
             space.time()
             space.judge()

@@ -166,7 +166,7 @@ class Journey:
         """What others make of the model, besides the peers that were given."""
         m = self.measure
         self.progress("quantize with NNCF", 0, 1)
-        made, self.left_out = peers.prepare(m.source, m.engine, m.calibration, self.folder.path / "peers")
+        made, self.left_out = peers.prepare(m.source, m.engine, m.supply.calibration, self.folder.path / "peers")
         self.peers = made | {**self.peers}
         self.note()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,14 @@ from martlet.core import pipeline, store
 from martlet.core.errors import UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Batches, Context, Progress
+from martlet.data.calibration import Resized
+from martlet.measure.latency import interleave
+from martlet.measure.stages import gather
 from martlet.recipe_search import confidence, space
 from martlet.recipe_search.folder import Folder
 from martlet.recipe_search.recipes import split
-from martlet.recipe_search.screen import losses, work
+from martlet.recipe_search.screen import in_mean, losses, work
+from martlet.recipe_search.space import Supply
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -37,13 +41,13 @@ FLOAT = Recipe()
 class Measure:
     """Compresses recipes into the folder, and measures them on the engine.
 
-    calibration: images that techniques learn from. pool: images that losses are measured on while there is a search.
+    supply: what techniques learn from. pool: images that losses are measured on while there is a search.
     """
 
     source: Model
     engine: Engine
     folder: Folder
-    calibration: Batches
+    supply: Supply
     pool: Batches
     threads: int | None
     seed: int
@@ -51,7 +55,7 @@ class Measure:
 
     @property
     def context(self) -> Context:
-        return space.context(self.engine, self.calibration, self.seed, self.progress)
+        return self.supply.context(self.engine, self.seed, self.progress)
 
     def files(self, recipe: Recipe) -> Path:
         """The artifact of what makes a recipe's files, compressed now unless it was before.
@@ -69,10 +73,8 @@ class Measure:
                 raise UsageError(f"{self.engine.name} only simulates this recipe")
             with store.writing(path, overwrite=False) as folder:
                 store.seal(folder, model, self.engine.name, store.write_model(folder, model, self.engine, graph))
-            integer, floating = work(graph)
             seconds = round(time.perf_counter() - start, 3)
-            found = {"integer_macs": integer, "float_macs": floating, "seconds": seconds}
-            self.folder.put("compressed", recipe.digest(), found)
+            self.folder.put("compressed", recipe.digest(), {"work": work(graph), "seconds": seconds})
         return path
 
     def precision(self, recipe: Recipe) -> str:
@@ -104,8 +106,9 @@ class Measure:
         start = time.perf_counter()
         sessions = self.opened(named, batch=1)
         preprocess = {name: self.preprocess(recipe) for name, recipe in named.items()}
-        times = self.turns(sessions, preprocess)
-        logits = {name: self._logits(session, preprocess[name]) for name, session in sessions.items()}
+        runs = {name: self._run(session, preprocess[name]) for name, session in sessions.items()}
+        exits = {name: left for name, (_, left) in runs.items() if left is not None}
+        times = self.turns(sessions, preprocess, exits, lambda its: (x.numpy() for x in Resized(self.pool, its)))
         seconds = round((time.perf_counter() - start) / len(named), 3)
         first = self.folder.get("measured", FLOAT.digest())
         float_ms = first["latency_ms"] if first else float(np.median(times["float"]))
@@ -114,13 +117,15 @@ class Measure:
             if recipe == FLOAT and first:
                 continue
             path = self.files(recipe)
+            made = self.folder.get("compressed", path.name)
             found[recipe.digest()] = {
                 "recipe": recipe.to_yaml(),
-                **losses(logits["float"], logits[name]),
+                **losses(runs["float"][0], runs[name][0]),
                 **latency(float_ms, times["float"], times[name], self.seed),
                 "file_bytes": self.file_bytes(path),
                 "precision": self.precision(recipe),
-                **self.folder.get("compressed", path.name),
+                **in_mean(made["work"], exits.get(name)),
+                "seconds": made["seconds"],
                 "measured_seconds": seconds,
             }
         return found
@@ -129,6 +134,7 @@ class Measure:
         self, recipes: Mapping[str, Recipe], peers: Mapping[str, Path], images: Images
     ) -> dict[str, dict[str, Any]]:
         """By name, everything on images that no search has seen, in one run; the first name is the untouched model."""
+        from martlet.data.batches import batches
         from martlet.measure import accuracy, memory
 
         [reference, *_] = recipes
@@ -136,7 +142,10 @@ class Measure:
         preprocess = {name: self.preprocess(recipe) for name, recipe in recipes.items()}
         preprocess |= {name: store.load(path).preprocess for name, path in peers.items()}
         outcome = accuracy.logits(sessions, images, preprocess, self.progress)
-        times = self.turns(self.opened(recipes, 1, peers), preprocess)
+        singly = self.opened(recipes, 1, peers)
+        times = self.turns(
+            singly, preprocess, outcome.exits, lambda its: (batch for batch, _, _ in batches(images, its, BATCH))
+        )
         labels, found = outcome.labels, {}
         known = np.array([label is not None for label in labels])
         wanted = np.array([-1 if label is None else label for label in labels])
@@ -179,29 +188,52 @@ class Measure:
         """How a recipe's model wants its images."""
         return store.load(self.files(recipe)).preprocess
 
-    def turns(self, sessions: Mapping[str, Session], preprocess: Mapping[str, Preprocess]) -> dict[str, np.ndarray]:
-        """Milliseconds of each, interleaved, on noise in the shape of its image."""
-        from martlet.measure.latency import interleave
+    def turns(
+        self,
+        sessions: Mapping[str, Session],
+        preprocess: Mapping[str, Preprocess],
+        exits: Mapping[str, np.ndarray],
+        images: Callable[[Preprocess], Iterable[np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        """Milliseconds of each, interleaved, on noise in the shape of its image.
 
-        def noise(size: tuple[int, int]) -> np.ndarray:
-            return np.random.default_rng(self.seed).standard_normal((1, 3, *size), dtype=np.float32)
+        A model that can stop early is called with an image for each stage after which any leave, and its time is their
+        mean, weighted by how many leave there.
 
-        runs = {name: partial(session, noise(preprocess[name].size)) for name, session in sessions.items()}
-        return interleave(runs, seed=self.seed, min_seconds=space.SECONDS, progress=self.progress)
+        exits: of those models, after which stage each of the images (N,) left. images: all of these, in batches.
+        """
+        runs, shares = dict[str, Callable[[], object]](), dict[str, dict[str, float]]()
+        for name, session in sessions.items():
+            if name in exits:
+                stages, firsts, counts = np.unique(exits[name], return_index=True, return_counts=True)
+                found = gather(images(preprocess[name]), firsts.tolist())
+                calls = {f"{name} {k}": found[i][None] for k, i in zip(stages, firsts.tolist(), strict=True)}
+                shares[name] = dict(zip(calls, counts / counts.sum(), strict=True))
+            else:
+                rng = np.random.default_rng(self.seed)
+                calls = {name: rng.standard_normal((1, 3, *preprocess[name].size), dtype=np.float32)}
+                shares[name] = {name: 1.0}
+            runs |= {call: partial(session, given) for call, given in calls.items()}
+        times = interleave(runs, seed=self.seed, min_seconds=space.SECONDS, progress=self.progress)
+        return {
+            name: np.sum([share * times[call] for call, share in its.items()], axis=0) for name, its in shares.items()
+        }
 
     def file_bytes(self, path: Path) -> int:
         from martlet.measure import size
 
         return size.file_bytes(path, store.load(path).manifest["engine_files"])
 
-    def _logits(self, session: Session, preprocess: Preprocess) -> np.ndarray:
-        from martlet.data.calibration import Resized
-
-        found: list[np.ndarray] = []
+    def _run(self, session: Session, preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray | None]:
+        """The logits of the pool, and after which stage each image left, if any can."""
+        logits, exits = list[np.ndarray](), list[np.ndarray]()
         for images in Resized(self.pool, preprocess):
-            found += [session(image[None]) for image in images.numpy()]
-            self.progress("run images", len(found), self.pool.num_images)
-        return np.concatenate(found)
+            for image in images.numpy():
+                logits.append(session(image[None]))
+                if session.exits is not None:
+                    exits.append(session.exits)
+            self.progress("run images", len(logits), self.pool.num_images)
+        return np.concatenate(logits), np.concatenate(exits) if exits else None
 
 
 def latency(float_ms: float, reference: np.ndarray, ms: np.ndarray, seed: int) -> dict[str, float]:

@@ -19,8 +19,9 @@ from martlet.core import pipeline
 from martlet.core.errors import UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Batches, Stage
+from martlet.data.calibration import First
 from martlet.functional.allocation import Choice, allocate_exactly
-from martlet.recipe_search.space import TIMED_ON, First, Loss, Space, front
+from martlet.recipe_search.space import TIMED_ON, Loss, Space, front
 
 if TYPE_CHECKING:
     from torch import Tensor

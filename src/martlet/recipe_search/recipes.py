@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from martlet.core import registry
 from martlet.core.errors import MartletError, RecipeError, UsageError
+from martlet.core.facts import ALL_FACTS
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Choices, Context, Stage, Technique
 
@@ -37,12 +38,14 @@ class Part(NamedTuple):
 class Recipes:
     """What candidates are drawn from.
 
-    parts: in an order that facts allow. groups: names of techniques of which a recipe has one at most.
+    parts: in an order that facts allow. groups: names of techniques of which a recipe has one at most; those that
+    follow from others are in none. facts: what holds of the untouched model.
     fronts: by technique, settings found by measuring, of which each candidate gets one; the fastest first.
     """
 
     parts: dict[str, Part]
     groups: list[tuple[str, ...]]
+    facts: frozenset[Fact] = ALL_FACTS
     fronts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -52,7 +55,7 @@ class Recipes:
         only: of these alone, with the settings given there but for those that can be drawn.
 
         Raises:
-            UsageError: nothing can be drawn.
+            UsageError: nothing can be drawn, or there is nothing that one of `only` can be trained on.
         """
         techniques = only.passes if only else [registry.technique(name)() for name in registry.entries()]
         parts = {}
@@ -60,13 +63,20 @@ class Recipes:
             choices = technique.space() or (Choices(always=True) if only else None)
             if choices is None or not technique.requires <= facts:
                 continue
+            if choices.trains and context.training is None:
+                if only:
+                    raise UsageError(f"{technique.name} is trained for each recipe; give images to train on (--train)")
+                continue
             try:
                 technique.check_engine(context)
             except MartletError:
                 continue
             parts[technique.name] = Part(technique, choices)
-        ordered = {name: parts[name] for name in _order([part.technique for part in parts.values()])}
-        found = cls(ordered, _groups([part.technique for part in ordered.values()]))
+        broken = (ALL_FACTS - facts).union(*(part.technique.breaks for part in parts.values()))
+        parts = {name: part for name, part in parts.items() if part.choices.follows in {None, *broken}}
+        ordered = {name: parts[name] for name in _order(parts.values())}
+        chosen = [part.technique for part in ordered.values() if part.choices.follows is None]
+        found = cls(ordered, _groups(chosen), facts)
         if all(part.choices.always for part in ordered.values()):
             raise UsageError(
                 f"a search needs something to choose, such as int8 or tokens; {only or 'this model'} has nothing"
@@ -81,7 +91,19 @@ class Recipes:
             name = options[0] if len(options) == 1 else trial.suggest_categorical("/".join(group), options)
             if name != NOTHING:
                 chosen[name] = self._set(self.parts[name], trial)
+        for name in self.following(chosen.values()):
+            chosen[name] = self._set(self.parts[name], trial)
         return Recipe(tuple(chosen[name] for name in self.parts if name in chosen))
+
+    @property
+    def follow(self) -> list[str]:
+        """What follows from others, if they are drawn."""
+        return [name for name, part in self.parts.items() if part.choices.follows]
+
+    def following(self, chosen: Iterable[Technique]) -> list[str]:
+        """What follows from these."""
+        broken = (ALL_FACTS - self.facts).union(*(technique.breaks for technique in chosen))
+        return [name for name, part in self.parts.items() if part.choices.follows in broken]
 
     def _options(self, group: tuple[str, ...]) -> Sequence[str]:
         """What a recipe can have of a group."""
@@ -111,14 +133,13 @@ class Recipes:
             for key, group in zip(map("/".join, self.groups), self.groups, strict=True)
             if key in nothing and self.parts[group[0]].technique.stage is Stage.ENGINE
         }
-        found = [nothing | engine] if engine else []
+        always = [part.technique for part in self.parts.values() if part.choices.always]
+        found = [nothing | engine | self._first(*self.following(always))] if engine else []
         plain = []
         for group in self.groups:
             for name in group if (key := "/".join(group)) in nothing and key not in engine else ():
                 part, front = self.parts[name], self.fronts.get(name, [])
-                alone = (
-                    nothing | {key: name} | {f"{name}.{k}": json.dumps(v[0]) for k, v in part.choices.settings.items()}
-                )
+                alone = nothing | {key: name} | self._first(name, *self.following([*always, part.technique]))
                 alone |= {f"{name} front": len(front) // 2} if front else {}
                 plain.append((bool(part.choices.settings) + bool(front), alone))
         for rank, alone in sorted(plain, key=lambda pair: pair[0]):
@@ -130,8 +151,14 @@ class Recipes:
         from optuna.trial import FixedTrial
 
         recipe = self.draw(FixedTrial(start))
-        chosen = [t for t in recipe.passes if not self.parts[t.name].choices.always and t.stage is not Stage.ENGINE]
-        return frozenset(t.name for t in chosen), recipe
+        by_itself = {name for name, part in self.parts.items() if part.choices.always or part.choices.follows}
+        chosen = [t.name for t in recipe.passes if t.name not in by_itself and t.stage is not Stage.ENGINE]
+        return frozenset(chosen), recipe
+
+    def _first(self, *names: str) -> dict[str, Any]:
+        """Suggestions of the first of their values."""
+        each = ((name, self.parts[name].choices.settings) for name in names)
+        return {f"{name}.{key}": json.dumps(values[0]) for name, settings in each for key, values in settings.items()}
 
     def without(self, names: frozenset[str]) -> dict[str, Any]:
         """Suggestions that leave out each group of which all are among these."""
@@ -157,14 +184,19 @@ def _legal(*passes: Technique) -> bool:
     return True
 
 
-def _order(techniques: Sequence[Technique]) -> list[str]:
-    """Names, so that each stands before what it needs to stand before; else by stage, then as they came."""
-    ranked = sorted(techniques, key=lambda t: STAGES.index(t.stage))
-    sorter = TopologicalSorter[str]({t.name: () for t in ranked})
+def _order(parts: Iterable[Part]) -> list[str]:
+    """Names, so that each stands before what it needs to stand before; else by stage, then as they came.
+
+    What follows from others comes after all of its stage.
+    """
+    ranked = sorted(parts, key=lambda part: STAGES.index(part.technique.stage))
+    sorter = TopologicalSorter[str]({part.technique.name: () for part in ranked})
     for a in ranked:
         for b in ranked:
-            if a is not b and _legal(a, b) and not _legal(b, a):
-                sorter.add(b.name, a.name)
+            first, then = a.technique, b.technique
+            last = b.choices.follows and not a.choices.follows and first.stage is not Stage.ENGINE
+            if a is not b and (last or (_legal(first, then) and not _legal(then, first))):
+                sorter.add(then.name, first.name)
     return list(sorter.static_order())
 
 

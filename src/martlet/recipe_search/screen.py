@@ -6,20 +6,25 @@ It says what a recipe loses, and how much is left to multiply in which precision
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch.fx import GraphModule, Node
 
 from martlet.core import pipeline
 from martlet.core.errors import MartletError, NumericsError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress, silent
 from martlet.data.calibration import Resized
+from martlet.graph.bits import rounded_operands
+from martlet.graph.stages import leaves, leaving, shapes_by_stage, stages
+from martlet.graph.trace import example_values
+from martlet.measure.macs import macs_by_node
 from martlet.recipe_search import confidence
-from martlet.recipe_search.space import context, expected_drops
+from martlet.recipe_search.space import Supply, expected_drops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +34,13 @@ if TYPE_CHECKING:
 
 
 class Held:
-    """Batches of preprocessed images that are held in memory, float32 (B, 3, H, W)."""
+    """Batches of preprocessed images that are held in memory, float32 (B, 3, H, W).
 
-    def __init__(self, batches: Sequence[Tensor]) -> None:
+    labels: of the images, if they are known.
+    """
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.labels = getattr(batches, "labels", None)
         self._batches = list(batches)
         self.num_images = sum(map(len, self._batches))
 
@@ -43,13 +52,13 @@ class Held:
 class Screen:
     """Everything that screening takes, so that another process can do it.
 
-    calibration: images that techniques learn from. judged: others. reference: the untouched model's logits of these,
+    supply: what techniques learn from. judged: other images. reference: the untouched model's logits of these,
     (images, K).
     """
 
     source: Model
     engine: Engine
-    calibration: Held
+    supply: Supply
     judged: Held
     seed: int
 
@@ -66,23 +75,30 @@ class Screen:
         from martlet.measure import size
 
         start = time.perf_counter()
-        around = context(self.engine, self.calibration, self.seed, progress)
+        around = self.supply.context(self.engine, self.seed, progress)
         model = pipeline.run(self.source, Recipe.from_yaml(yaml), around)
         if self.engine.simulates(model):
             raise UsageError(f"{self.engine.name} only simulates this recipe")
-        integer, floating = work(model)
-        logits = []
+        graph = pipeline.traced(model)
+        each, exits = work(graph), None
+        if len(each) > 1:
+            logits, exits = leaving(cast(GraphModule, graph.module), Resized(self.judged, model.preprocess), progress)
+        else:
+            logits = self._run(model, progress)
+        return {
+            **losses(self.reference, logits),
+            **in_mean(each, exits),
+            "weight_bytes": size.weight_bytes(model.module),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _run(self, model: Model, progress: Progress) -> np.ndarray:
+        logits: list[np.ndarray] = []
         with torch.inference_mode():
             for images in Resized(self.judged, model.preprocess):
                 logits.append(model.module(images).numpy())
                 progress("judge on images", sum(map(len, logits)), self.judged.num_images)
-        return {
-            **losses(self.reference, np.concatenate(logits)),
-            "integer_macs": integer,
-            "float_macs": floating,
-            "weight_bytes": size.weight_bytes(model.module),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        return np.concatenate(logits)
 
 
 def losses(reference: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
@@ -111,19 +127,30 @@ def losses(reference: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
     }
 
 
-def work(model: Model) -> tuple[int, int]:
-    """MACs per image, of two rounded operands, which have integer kernels, and of others."""
-    from torch.fx import GraphModule
+def work(model: Model) -> list[tuple[int, int]]:
+    """MACs per image of each stage, of which there is one unless the model, traced, can stop early: of two rounded
+    operands, which have integer kernels, and of others."""
+    graph, size = cast(GraphModule, model.module), model.preprocess.size
+    if not leaves(graph):
+        return [_work(graph, example_values(graph, size))]
+    parts = stages(graph)
+    return [_work(part.module, values) for part, values in zip(parts, shapes_by_stage(parts, size), strict=True)]
 
-    from martlet.graph.bits import rounded_operands
-    from martlet.graph.trace import example_values, trace
-    from martlet.measure.macs import macs_by_node
 
-    size = model.preprocess.size
-    graph = model.module if isinstance(model.module, GraphModule) else trace(model.module, size)
-    found = macs_by_node(graph, example_values(graph, size))
+def _work(graph: GraphModule, values: Mapping[Node, torch.Size]) -> tuple[int, int]:
+    found = macs_by_node(graph, values)
     integer = sum(its.macs for node, its in found.items() if rounded_operands(graph, node))
     return integer, sum(its.macs for its in found.values()) - integer
+
+
+def in_mean(each: Sequence[Sequence[int]], exits: np.ndarray | None) -> dict[str, float]:
+    """`integer_macs` and `float_macs` of a mean image.
+
+    each: of the stages, as `work` gives them. exits: after which stage (images,) each left; None if there is one only.
+    """
+    reached = [1.0] if exits is None else [float((exits >= k).mean()) for k in range(len(each))]
+    integer, floating = np.asarray(reached) @ np.asarray(each, float)
+    return {"integer_macs": float(integer), "float_macs": float(floating)}
 
 
 def reason(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,10 +16,9 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Batches, Context, Progress, Technique, silent
 
 if TYPE_CHECKING:
-    import torch
-
+    from martlet.core.kept import Kept
     from martlet.core.model import Model
-    from martlet.data.preprocess import Preprocess
+    from martlet.data.examples import Examples
     from martlet.engine.base import Engine, Session
     from martlet.recipe_search.record import Record
 
@@ -68,27 +67,6 @@ def expected_drops(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return p.max(1) - np.take_along_axis(p, logits.argmax(1)[:, None], 1)[:, 0]
 
 
-class First:
-    """The first n of calibration images, those before `skipped` left out."""
-
-    def __init__(self, images: Batches, n: int, skipped: int = 0) -> None:
-        self._images, self._skipped = images, skipped
-        self.num_images = min(n, images.num_images - skipped)
-
-    def at(self, preprocess: Preprocess) -> First:
-        """The same images, preprocessed otherwise."""
-        from martlet.data.calibration import Resized
-
-        return First(Resized(self._images, preprocess), self.num_images, self._skipped)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        skip, left = self._skipped, self.num_images
-        for batch in self._images:
-            if len(part := batch[skip:][:left]):
-                yield part
-            skip, left = max(0, skip - len(batch)), left - len(part)
-
-
 def context(engine: Engine, images: Batches | None = None, seed: int = 0, progress: Progress = silent) -> Context:
     """What techniques may use that are compressed for an engine."""
     return Context(
@@ -99,6 +77,24 @@ def context(engine: Engine, images: Batches | None = None, seed: int = 0, progre
         precisions=engine.alternatives(),
         progress=progress,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What techniques learn from while recipes are searched.
+
+    calibration: images. apart, training, kept: as of a Context.
+    """
+
+    calibration: Batches
+    apart: Batches | None = None
+    training: Examples | None = None
+    kept: Kept | None = None
+
+    def context(self, engine: Engine, seed: int, progress: Progress) -> Context:
+        """With all of it."""
+        found = context(engine, self.calibration, seed, progress)
+        return replace(found, apart=self.apart, training=self.training, kept=self.kept)
 
 
 def front(candidates: Iterable[C], latency_ms: Callable[[C], float], loss: Callable[[C], float]) -> list[C]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 
 from martlet.core.recipe import Recipe
+from martlet.data.calibration import First
 from martlet.recipe_search.rows import times_ms
-from martlet.recipe_search.space import TIMED_ON, First, Loss, Space, front
+from martlet.recipe_search.space import TIMED_ON, Loss, Space, front
 
 if TYPE_CHECKING:
     from martlet.vit.tokens import TokenReduction

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,25 +14,29 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import report, store
 from martlet.core.errors import DataError, UsageError
+from martlet.core.kept import Kept
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress, silent
+from martlet.data.calibration import First
 from martlet.recipe_search import confidence, strategies
 from martlet.recipe_search import workers as ray_workers
 from martlet.recipe_search.document import document
-from martlet.recipe_search.folder import DOCUMENT, PAGE, Folder, code_digest
+from martlet.recipe_search.folder import DOCUMENT, PAGE, TRAINED, Folder, code_digest
 from martlet.recipe_search.journey import Evaluate, Journey
 from martlet.recipe_search.limits import Limits
 from martlet.recipe_search.measure import Measure
 from martlet.recipe_search.recipes import Recipes
 from martlet.recipe_search.record import write
 from martlet.recipe_search.screen import Held, Screen, screened
-from martlet.recipe_search.space import First, context
+from martlet.recipe_search.space import Supply, context
 from martlet.recipe_search.study import Study
 from martlet.report.pareto import write_page
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.core.store import Artifact
+    from martlet.data.calibration import Calibration
+    from martlet.data.examples import Examples
     from martlet.data.images import Images
 
 SCREEN_CALIB = 8
@@ -69,6 +73,7 @@ def search(
     strategy: str = "tpe",
     num_images: int = 256,
     num_calib: int = 32,
+    train: Images | str | Path | None = None,
     peers: Mapping[str, str | Path] | None = None,
     workers: int = 0,
     ray_address: str | None = None,
@@ -97,6 +102,8 @@ def search(
         engine: `openvino` or `onnxruntime`.
         strategy: how the next recipes are chosen: `tpe`, `nsga2`, `linas`, `greedy`, `constrained` or `random`.
         num_images: how many images are searched on. num_calib: how many of those techniques learn from.
+        train: other images, that what has to be trained is trained on, for each recipe that has it: the heads of exits,
+            whose thresholds are solved on half of the images that are searched on. Without them, nothing is trained.
         peers: folders of artifacts made by others, by name, to be measured with the finalists.
         workers: in how many processes recipes are screened, by Ray; 0 is this one. ray_address: of a cluster that is
             running; None starts one on this machine.
@@ -109,6 +116,7 @@ def search(
     """
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
+    from martlet.data.examples import Examples
     from martlet.source import load_model
 
     limits, out = Limits(max_drop=max_drop, latency_ms=latency_ms, size_mb=size_mb), Path(out)
@@ -131,6 +139,9 @@ def search(
     if images.labelled:
         images.check_labels(source.num_classes)
     searched, held_out = images.split(num_searched, seed)
+    learned = None if train is None else open_images(train)
+    if learned is not None and learned.source == images.source and isinstance(train, str | Path):
+        raise UsageError("--images and --train are the same; what is searched on and told can't be trained on")
     job = {
         "model": _identity(source),
         "code": {"martlet": report.environment()["versions"]["martlet"], "digest": code_digest()},
@@ -143,18 +154,22 @@ def search(
             "held_out": len(held_out),
             "labelled": images.labelled,
         },
+        "training": learned and {"source": learned.source, "opened": learned.opened, "n": len(learned)},
         "recipe": only and only.to_yaml(),
         "budget": {"max_drop": max_drop, "latency_ms": latency_ms, "size_mb": size_mb},
         "strategy": strategy,
         "seed": seed,
     }
-    recipes = Recipes.of(source.facts, context(target), only)
+    training = None
+    if learned is not None:
+        training = Examples.read(learned, source.preprocess, source.num_classes, progress)
+    recipes = Recipes.of(source.facts, replace(context(target), training=training), only)
     folder = Folder.open(out, job, overwrite)
     pool = Calibration(searched, source.preprocess, n=num_searched, seed=seed, progress=progress)
-    few = First(pool, SCREEN_CALIB)
-    screen = Screen(source, target, Held(list(few)), Held(list(First(pool, 2 * num_calib, num_calib))), seed)
-    judged = First(pool, pool.num_images, num_calib)
-    measure = Measure(source, target, folder, First(pool, num_calib), judged, threads, seed, progress)
+    supply, judged = supplied(pool, num_calib, bool(recipes.follow), training, folder)
+    few = replace(supply, calibration=Held(First(pool, SCREEN_CALIB)), apart=supply.apart and Held(supply.apart))
+    screen = Screen(source, target, few, Held(First(judged, 2 * num_calib)), seed)
+    measure = Measure(source, target, folder, supply, judged, threads, seed, progress)
     study = Study.open(folder.path / "study.db", 3 if size_mb is not None else 2, recipes, sampler, seed, source.facts)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     again = rebuild or shlex.join(["martlet", "compress", source.name, "--images", images.source])
@@ -173,6 +188,22 @@ def search(
     artifact = store.load(folder.winner)
     kept, why = _verdict(journey, next(point for point in found["points"] if point["winner"]), artifact)
     return Search(winner=artifact, kept=kept, why=why, document=found)
+
+
+def supplied(
+    pool: Calibration, num_calib: int, judging: bool, training: Examples | None, folder: Folder
+) -> tuple[Supply, First]:
+    """What techniques learn from, and the images that recipes are judged on.
+
+    judging: whether there are techniques that judge others, as thresholds of exits do: half of the images that nothing
+    else learns from are for these.
+    """
+    solved = (pool.num_images - num_calib) // 2 if judging else 0
+    apart = First(pool, solved, num_calib) if solved else None
+    supply = Supply(
+        calibration=First(pool, num_calib), apart=apart, training=training, kept=Kept(folder.path / TRAINED)
+    )
+    return supply, First(pool, pool.num_images, num_calib + solved)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage
+from martlet.core.technique import Choices, Context, Stage
 from martlet.functional.distillation import divergence
 from martlet.nn.exit_heads import Readout
 from martlet.nn.exits import Exit, has_exits, leave, top_probability
@@ -213,7 +213,7 @@ class TrainedExits(Training):
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ONE_EXIT})
 
     after: tuple[int, ...] = ()
@@ -243,6 +243,9 @@ class TrainedExits(Training):
 @dataclass(frozen=True, kw_only=True)
 class HeadedExits(TrainedExits):
     """Exits with a head each, on a model whose weights stay as they are."""
+
+    def space(self) -> Choices:
+        return Choices(trains=True)
 
     @abstractmethod
     def heads(self, vit: VitView, after: Sequence[int], channels: Sequence[int], classes: int) -> list[nn.Module]:

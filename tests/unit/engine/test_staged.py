@@ -119,8 +119,9 @@ def test_thresholds_that_are_never_reached_give_the_untouched_logits(untaken, im
     assert session.exits.tolist() == [2] * 7
 
 
-def test_no_image_passes_the_cap_and_stages_behind_it_are_not_there(model, images, tmp_path):
-    set_windows_(model, (-math.inf, math.inf), (math.inf, math.inf))
+@pytest.mark.parametrize("empty", [(math.inf, math.inf), (-math.inf, -math.inf), (0.5, 0.5)])
+def test_no_image_passes_the_cap_and_stages_behind_it_are_not_there(model, images, tmp_path, empty):
+    set_windows_(model, (-math.inf, math.inf), empty)
     artifact = write(model, "openvino", tmp_path / "out")
     set_windows_(model, (-math.inf, math.inf), (-math.inf, math.inf))
     assert not (artifact.path / "stage3.xml").exists()

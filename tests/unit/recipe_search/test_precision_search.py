@@ -15,12 +15,12 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import silent
 from martlet.data import open_images
-from martlet.data.calibration import Calibration
+from martlet.data.calibration import Calibration, First
 from martlet.data.preprocess import Preprocess
 from martlet.engine.base import Op
 from martlet.recipe_search.precision import Precision, Times, unit_times
 from martlet.recipe_search.record import Record
-from martlet.recipe_search.space import First, Loss
+from martlet.recipe_search.space import Loss
 from martlet.source import load_model
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

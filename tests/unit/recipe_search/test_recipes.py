@@ -1,7 +1,7 @@
 """The space of whole recipes: what facts allow, every draw of it, and a technique that joins by declaring its part."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +15,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.recipe_search.recipes import Recipes, split, spread
 from martlet.recipe_search.space import context
+from martlet.techniques.exits.deer import DROPS, DeeR
 
 FEW = "fuse | resolution | tome | tps | readout | int8 | weight_only | bf16"
 """Techniques of which any two of different groups go together; where two don't, their draws are told as failed."""
@@ -162,3 +163,44 @@ def test_what_tells_the_engine_makes_no_files() -> None:
 def test_spread_keeps_both_ends() -> None:
     assert spread(range(5), 8) == [0, 1, 2, 3, 4]
     assert spread(range(100), 4) == [0, 33, 66, 99]
+
+
+def test_thresholds_are_drawn_with_exits_and_only_there_and_come_last() -> None:
+    training: Any = object()
+    there = replace(context(engine.get("openvino")), training=training)
+    space = Recipes.of(ALL_FACTS, there, Recipe.load("fuse | linear_exits | deer | int8 | bf16"))
+    found = every(space)
+    assert {tuple(t.name for t in recipe.passes) for recipe in found} == {
+        ("fuse", *exits, *int8, *(["deer"] if exits else []), *bf16)
+        for exits in ((), ("linear_exits",))
+        for int8 in ((), ("int8",))
+        for bf16 in ((), ("bf16",))
+    }
+    assert {t.settings().get("max_drop") for recipe in found for t in recipe.passes if t.name == "deer"} == {*DROPS}
+    starts = [space.alone(start) for start in space.starts()]
+    assert {names for names, _ in starts} == {frozenset(), frozenset({"int8"}), frozenset({"linear_exits"})}
+    assert all(("deer" in r.to_yaml()) == ("linear_exits" in names) for names, r in starts)
+
+
+def test_a_model_with_exits_always_gets_thresholds() -> None:
+    facts = ALL_FACTS - {Fact.ONE_EXIT}
+    space = Recipes.of(facts, context(engine.get("openvino")))
+    assert space.follow == ["deer"]
+    assert {"tps", "linear_exits", "lgvit"}.isdisjoint(space.parts)  # they come before exits
+    for start in space.starts():
+        names, recipe = space.alone(start)
+        assert [t.name for t in recipe.passes if t.stage is not Stage.ENGINE][-1] == "deer"
+        assert "deer" not in names
+        recipe.facts(facts)
+
+
+def test_what_is_trained_is_drawn_only_where_there_are_images_to_train_on() -> None:
+    plain = context(engine.get("openvino"))
+    training: Any = object()
+    assert {"linear_exits", "lgvit", "deer"}.isdisjoint(Recipes.of(ALL_FACTS, plain).parts)
+    assert {"linear_exits", "lgvit", "deer"} <= set(Recipes.of(ALL_FACTS, replace(plain, training=training)).parts)
+    with pytest.raises(UsageError, match=r"^linear_exits is trained for each recipe; .*\(--train\)$"):
+        Recipes.of(ALL_FACTS, plain, Recipe.load("linear_exits | int8 | deer"))
+    budget = DeeR(mean_gmacs=1.0)
+    space = Recipes.of(ALL_FACTS, replace(plain, training=training), Recipe((Recipe.load("mue").passes[0], budget)))
+    assert every(space) == [Recipe((Recipe.load("mue").passes[0], budget))]  # a budget that was given stays

@@ -13,9 +13,9 @@ from martlet.core.errors import UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, silent
 from martlet.data import open_images
-from martlet.data.calibration import Calibration
+from martlet.data.calibration import Calibration, First
 from martlet.recipe_search.record import Record
-from martlet.recipe_search.space import First, Loss, expected_drop_pct
+from martlet.recipe_search.space import Loss, expected_drop_pct
 from martlet.recipe_search.tokens import Table, Tokens
 from martlet.source import load_model
 from martlet.techniques.tokens.readout import Readout

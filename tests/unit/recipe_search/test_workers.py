@@ -14,6 +14,7 @@ from martlet import engine
 from martlet.core.technique import silent
 from martlet.recipe_search import workers
 from martlet.recipe_search.screen import Held, Screen, screened
+from martlet.recipe_search.space import Supply
 from martlet.source import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -34,7 +35,7 @@ def screen() -> Screen:
     import torch
 
     batches = [torch.from_numpy(rng.standard_normal((4, 3, 32, 32), dtype=np.float32)) for _ in range(3)]
-    return Screen(source, engine.get("openvino"), Held(batches[:1]), Held(batches[1:]), 0)
+    return Screen(source, engine.get("openvino"), Supply(calibration=Held(batches[:1])), Held(batches[1:]), 0)
 
 
 def values(entry: dict) -> dict:

@@ -77,7 +77,7 @@ def test_heads_learn():
         ("deer", "has no exits; put linear_exits, lgvit, mue or cascade before it"),
         ("window", "has no exits; put cascade before it"),
         ("window: {width: 1.5}", "width is 1.5; it can be from 0 to 1"),
-        ("mue, linear_exits", "has exits already"),
+        ("mue, linear_exits", "'one_exit', which passes\\[0\\] mue breaks; leave one of the two out"),
         (
             "mue, deer: {max_gmacs: 0.00001}",
             "the most an image may cost, 1e-05 GMACs, is below the first exit, which costs",

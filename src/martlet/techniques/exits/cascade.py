@@ -50,7 +50,9 @@ class Cascade(Technique):
     paper: ClassVar[str] = (
         "Xia and Bouganis, Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023, arXiv 2303.08010"
     )
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.UNFUSED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset(
+        {Fact.FLOAT_WEIGHTS, Fact.FLOAT_ACTIVATIONS, Fact.UNFUSED, Fact.ONE_EXIT}
+    )
 
     first: tuple[str, ...] = ()
     average: bool = True

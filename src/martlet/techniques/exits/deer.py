@@ -12,8 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from martlet.core.errors import RecipeError
+from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Choices, Context, Stage, Technique
 from martlet.functional import exits as solver
 from martlet.functional.exits import Budget
 from martlet.graph.stages import ask, cumulative_macs, leaves, stages, window
@@ -21,6 +22,8 @@ from martlet.nn.exits import ALWAYS
 
 LEAST = 16
 """Images that each exit needs to be solved on."""
+DROPS = (0.5, 0.0, 1.0, 2.0)
+"""Points of top-1 that a search draws from."""
 BUDGETS = ("mean_gmacs", "mean_latency_ms", "max_gmacs", "max_latency_ms", "max_drop", "max_risk_pct")
 
 
@@ -114,14 +117,18 @@ class DeeR(Technique):
         if not leaves(model.module):
             raise RecipeError(f"deer: {model.name} has no exits; put linear_exits, lgvit, mue or cascade before it")
 
+    def space(self) -> Choices:
+        given = any(getattr(self, name) is not None for name in BUDGETS)
+        return Choices(settings={} if given else {"max_drop": DROPS}, follows=Fact.ONE_EXIT)
+
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
-        images, module = context.calibration(self), model.module
+        images, module = context.apart or context.calibration(self), model.module
         assert isinstance(module, GraphModule)
         exits, parts = leaves(module), stages(module)
         if images.num_images < LEAST * len(parts):
             raise RecipeError(
                 f"deer: {images.num_images} calibration images are too few for {len(parts)} places to leave at; give "
-                f"{LEAST * len(parts)} or more (--num-calib)"
+                f"{LEAST * len(parts)} or more (--num-calib; of a search, --num-images)"
             )
         macs = np.array(cumulative_macs(parts, model.preprocess.size))
         costs = self._stage_ms(model, context) if self._in_ms() else macs / 1e9
@@ -164,7 +171,7 @@ class DeeR(Technique):
     def _stage_ms(self, model: Model, context: Context) -> np.ndarray:
         from martlet.measure.stages import stage_ms
 
-        image = next(iter(context.calibration(self)))[:1].numpy()
+        image = next(iter(context.apart or context.calibration(self)))[:1].numpy()
         return np.cumsum(stage_ms(model, context.engine or "openvino", image, context.seed, context.progress))
 
     def _open(self, costs: np.ndarray) -> int:

@@ -52,6 +52,7 @@ class MuE(Technique):
     stage: ClassVar[Stage] = Stage.MODULE
     summary: ClassVar[str] = "exits where tokens stop changing, with the model's own head"
     paper: ClassVar[str] = "Tang et al., You Need Multiple Exiting, 2023, arXiv 2211.11152"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ONE_EXIT})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.ONE_EXIT})
 
     after: tuple[int, ...] = ()
