@@ -38,7 +38,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.batches import batches
-from martlet.data.calibration import Calibration, First
+from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.data.images import Images
 from martlet.engine.base import Piece, cores
@@ -54,8 +54,6 @@ from tuning_tasks import base
 HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
-NUM_RANGES = 64
-"""Of the calibration images, those that ranges of integers are learned from."""
 TRAINING = "{epochs: 4.0, batch: 64, precision: bf16}"
 EXITS = {
     "linear_exits": (f"linear_exits: {TRAINING}",),

@@ -15,6 +15,7 @@ from martlet.core.errors import RecipeError, UsageError, nearest
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Choices, Context, Int8Form, Stage, Technique
+from martlet.data.calibration import First
 from martlet.functional.quantize.affine import affine_parameters
 from martlet.functional.quantize.ranges import Histogram, candidates, first_order_error
 from martlet.graph import attention, rounding
@@ -25,6 +26,8 @@ from martlet.graph.sites import SHAPE_ONLY, Site, aten, sites, source, within
 from martlet.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
 RANGES = ("logits", "mse", "percentile", "minmax")
+IMAGES = 64
+"""That ranges are learned from, at most."""
 U8, S8 = Grid("u8", False), Grid("s8", True)
 
 
@@ -50,7 +53,8 @@ class Int8(Technique):
             stand for all in them (`blocks.3.attn`). `martlet search` finds which are worth it.
 
     Shape: none changes.
-    Needs: images, without labels; 64 are enough for most models.
+    Needs: images, without labels; of more than 64 the first 64 are used, which are enough, so that another pass that
+        wants more doesn't make this one slow.
     Cost: four forward and two backward passes over the images in float32; at run time, one rounding a tensor.
     Paper: Nagel et al., A White Paper on Neural Network Quantization, 2021, arXiv 2106.08295: section 3.1 (ranges),
         3.3 (bias correction in its empirical form, for the rounded weights). Yuan et al., PTQ4ViT, 2022,
@@ -124,7 +128,7 @@ class Int8(Technique):
 
     def plan_(self, graph_module: GraphModule, context: Context) -> Plan:
         """Decides how everything is rounded, and rounds nothing: the graph is changed, and its logits are the same."""
-        images = context.calibration(self)
+        images = First(context.calibration(self), IMAGES)
         graph_module.requires_grad_(False)
         cut = layout_(graph_module)
         every = list(sites(graph_module))
