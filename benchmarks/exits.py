@@ -142,8 +142,7 @@ def tuned(work: Path, passes: Sequence[str], part: str, assets: Path, out: Path,
     """A row of the ViT-Ti."""
     source, context, test = prepared(work, assets, out, progress)
     assert isinstance(context.images, Calibration)
-    few = replace(context, images=First(context.images, NUM_RANGES))
-    model, plain = (pipeline.run(source, recipe(*each), few) for each in (passes, passes[1:]))
+    model, plain = (pipeline.run(source, recipe(*each), context) for each in (passes, passes[1:]))
     return judge(plain, pipeline.traced(model), context.images, test, part, progress)
 
 
