@@ -2,7 +2,8 @@
 
     python benchmarks/exits.py --parts accuracy       # half an hour on two quiet cores
     python benchmarks/exits.py --parts latency        # ten minutes, with nothing else running
-    python benchmarks/exits.py --parts stream         # ten minutes, of which the last is timing
+    python benchmarks/exits.py --parts stream         # a minute or two, the last of timing
+    python benchmarks/exits.py --parts search         # half an hour, with nothing else running
 
 Writes results/exits.json. The ViT-Ti is tuned once and kept in --work; exits leave its weights as they are. Thresholds
 are solved on calibration images and judged on test images that nothing was learned from. Rows that are there already
@@ -47,13 +48,17 @@ from martlet.functional.exits import Budget, Plan, decide, plan, solve
 from martlet.graph.stages import unstaged
 from martlet.measure import latency
 from martlet.measure.stages import pick, spread
+from martlet.recipe_search.whole import search
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
+from search import told
 from tuning_tasks import base
 
 HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"
 NUM_TRAIN, NUM_CALIB, NUM_TEST = 8000, 1000, 2000
+NUM_SEARCHED, NUM_SEARCH_TRAIN, SEARCH_MINUTES = 800, 4000, 20.0
+"""Of the test images, those that a search sees; those that its exits are trained on."""
 TRAINING = "{epochs: 4.0, batch: 64, precision: bf16}"
 EXITS = {
     "linear_exits": (f"linear_exits: {TRAINING}",),
@@ -71,7 +76,7 @@ BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
 """Balances of a gate."""
 MEMBERS = ("timm:efficientnet_lite0", "timm:vit_tiny_patch16_224")
 MEMBER_WEIGHTS = ("efficientnet_lite0.in1k.safetensors", "vit_tiny_patch16_224.in1k.safetensors")
-PARTS = ("accuracy", "latency", "stream")
+PARTS = ("accuracy", "latency", "stream", "search")
 BATCHES = (1, 16)
 ONE = "one"
 """What the files are called of a graph that computes all exits."""
@@ -95,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways["cascade"] = cascade
     more: dict[str, Job] = {"lgvit, gate": functools.partial(gated, options.work)}
     jobs = {"accuracy": ways | more, "latency": ways, "stream": {"moving CIFAR": moving}}
+    jobs["search"] = {"ViT-Ti": functools.partial(searched, options.work)}
     try:
         for part in options.parts:
             for name, job in jobs[part].items():
@@ -178,6 +184,23 @@ def gated(work: Path, part: str, assets: Path, out: Path, progress: Progress) ->
 def moving(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """A row of two networks on a stream."""
     return moving_cifar.measure(assets, progress)
+
+
+def searched(work: Path, part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """What `martlet search --train` finds for the ViT-Ti: exits among everything else."""
+    source, _, test = prepared(work, assets, out, progress)
+    train = open_images(assets / "data" / "cifar10" / "train.parquet", limit=NUM_SEARCH_TRAIN, seed=0)
+    found = search(
+        source,
+        images=test,
+        train=train,
+        out=work.with_name(f"{work.name}-search"),
+        max_drop=1.0,
+        minutes=SEARCH_MINUTES,
+        num_images=NUM_SEARCHED,
+        progress=progress,
+    )
+    return told(found.document, SEARCH_MINUTES, NAME, "cifar10") | {"n_training": len(train), "why": found.why}
 
 
 def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:

@@ -50,22 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MartletError as error:
         note(str(error))
         return error.exit_status
-    peers.write(options.out, told(found.document, options.minutes))
+    peers.write(options.out, told(found.document, options.minutes, WEIGHTS, IMAGES.parts[0]))
     note(found.why)
     return 0
 
 
-def told(document: Mapping[str, Any], minutes: float) -> dict[str, Any]:
-    """What doesn't depend on where the search was run."""
+def told(document: Mapping[str, Any], minutes: float, weights: str, source: str) -> dict[str, Any]:
+    """What doesn't depend on where the search was run. source: of the images."""
     job = document["job"]
     points = [{k: v for k, v in point.items() if k not in ("command", "id")} for point in document["points"]]
     return {
         "benchmark": "search",
         "created": document["created"],
         "model": job["model"]["name"],
-        "weights": WEIGHTS,
+        "weights": weights,
         "engine": job["engine"],
-        "images": {k: job["images"][k] for k in ("searched", "calibration", "held_out")} | {"source": IMAGES.parts[0]},
+        "images": {k: job["images"][k] for k in ("searched", "calibration", "held_out")} | {"source": source},
         "budget": job["budget"],
         "minutes": minutes,
         "seconds": document["seconds"],
