@@ -362,7 +362,7 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
 def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Models that ziplm cut by a table of latencies: what each takes, interleaved with the whole, and what was asked.
 
-    A ratio is of the time of the blocks; what else takes time, patches and the head, stays as it is.
+    A table's times are of whole models over their depth, so a ratio of the time in blocks is one of the model's time.
     """
     engine = engines.get(ENGINE)
     precision = "bf16" if "bf16" in engine.alternatives() else "f32"
@@ -383,18 +383,17 @@ def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> di
             session = engine.open(folder, precision=precision, threads=cores())
             runs[str(ratio)] = lambda session=session: session(probe)
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
-    whole_ms = latency.summary(times["0.0"])["median"]
     found = []
     for ratio in options.ratios:
         shapes = [shape_of(block) for block in view(models[ratio].module).blocks]
         left = latency.ratio(times[str(ratio)], times["0.0"], bench.settings.seed)
-        target = 1 - ratio * in_blocks / whole_ms
+        target = 1 - ratio
         found.append(
             {
                 "prune_ratio": ratio,
                 "floating_point": precision,
                 "target_of_whole": target,
-                "predicted_of_whole": 1 - (in_blocks - sum(map(law, shapes))) / whole_ms,
+                "predicted_of_whole": sum(map(law, shapes)) / in_blocks,
                 "measured_of_whole": left,
                 "off_target_ratio": left["median"] / target - 1,
                 "latency_ms": latency.summary(times[str(ratio)]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from martlet.report import verdict
 from martlet.report.cards import table
-from pages import measured_on
+from pages import measured_on, search
 
 BENCHMARK, PATH = "exits", "docs/exits.md"
 NAMES = {
@@ -70,6 +70,8 @@ def page(document: Mapping[str, Any]) -> str:
         ]
     for name, row in document.get("stream", {}).items():
         lines += _stream(name, row)
+    for name, row in document.get("search", {}).items():
+        lines += _searched(name, row)
     return "\n".join([*lines, "", measured_on(document["accuracy"].values()), ""])
 
 
@@ -120,6 +122,19 @@ def _stream(name: str, row: Mapping[str, Any]) -> list[str]:
         *table(("Budget", "Mean MMACs", "Of the big one", "Error, px", "At random, px"), rows),
         "",
         *table(("On OpenVINO, batch 1", "Median ms a frame", "Faster than the big one"), timed),
+    ]
+
+
+def _searched(name: str, row: Mapping[str, Any]) -> list[str]:
+    """What a search found that could train exits."""
+    return [
+        "",
+        f"## `{name}`: exits in a search",
+        "",
+        f"`martlet search --train`, with {row['n_training']} images to train heads on. Times of models with exits are "
+        "those of images as they leave.",
+        "",
+        *search.points(row),
     ]
 
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from martlet.report.cards import table
+from pages import measured_on
 
 BENCHMARK, PATH = "prune", "docs/pruning.md"
 
@@ -53,6 +54,36 @@ def page(document: Mapping[str, Any]) -> str:
         ]
         heading = ("Model, and what follows", "MACs removed", "Median ms", "Faster than the whole")
         lines += ["", "## Speed on OpenVINO, batch 1, interleaved", "", *table(heading, rows)]
+    if slimmed := document.get("slimming"):
+        rows = [
+            (
+                f"{e['prune_ratio']:.0%}",
+                f"{e['target_of_whole']:.1%}",
+                f"{e['predicted_of_whole']:.1%}",
+                f"{e['measured_of_whole']['median']:.1%}",
+                f"{e['off_target_ratio']:+.1%}",
+                f"{e['latency_ms']['median']:.2f}",
+                f"{e['macs_removed_ratio']:.1%}",
+                f"{e['top1_pct']:.1f}",
+            )
+            for e in slimmed["models"]
+        ]
+        heading = (
+            "Less time asked for", "Target, of the whole", "Predicted", "Measured", "Off target", "Median ms",
+            "MACs removed", "Top-1 %",
+        )  # fmt: skip
+        lines += [
+            "",
+            "## Cut by a table of latencies, to a target",
+            "",
+            f"`ziplm` with `latency_table`: ten blocks were measured on OpenVINO in "
+            f"{slimmed['models'][0]['floating_point']}, and cuts are priced by the milliseconds they save. What is "
+            "measured is the whole model at batch 1, in turns with the uncut one. Nothing was trained.",
+            "",
+            *table(heading, rows),
+            "",
+            measured_on([slimmed]),
+        ]
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     torch_pruning = f"torch-pruning {document['torch_pruning']}"
     return "\n".join([*lines, "", f"Measured on {environment['cpu']}; {versions}, {torch_pruning}.", ""])
