@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MartletError as error:
         note(str(error))
         return error.exit_status
-    if not options.rows:
+    if not options.rows and {*options.parts} == {*PARTS}:
         shutil.rmtree(Kept.beside(options.out).folder, ignore_errors=True)
     return 0
 

@@ -43,6 +43,8 @@ SCREEN_CALIB = 8
 """Images that techniques learn from while recipes are screened."""
 LEAST_JUDGED = 16
 """Images that losses are judged on, besides those that techniques learn from."""
+LEAST_SOLVED = 64
+"""Images that thresholds are solved on: of the three exits that models usually get."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +199,16 @@ def supplied(
 
     judging: whether there are techniques that judge others, as thresholds of exits do: half of the images that nothing
     else learns from are for these.
+
+    Raises:
+        DataError: they are too few.
     """
     solved = (pool.num_images - num_calib) // 2 if judging else 0
+    if judging and solved < LEAST_SOLVED:
+        raise DataError(
+            f"thresholds of exits are solved on half of the images that are searched on and not calibrated on, here "
+            f"{solved}, and take {LEAST_SOLVED}; give --num-images {num_calib + 2 * LEAST_SOLVED} or more"
+        )
     apart = First(pool, solved, num_calib) if solved else None
     supply = Supply(
         calibration=First(pool, num_calib), apart=apart, training=training, kept=Kept(folder.path / TRAINED)

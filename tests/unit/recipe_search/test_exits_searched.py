@@ -10,7 +10,7 @@ from PIL import Image
 
 from martlet import engine
 from martlet.core import pipeline, store
-from martlet.core.errors import UsageError
+from martlet.core.errors import DataError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.data import open_images
@@ -119,11 +119,13 @@ def test_time_is_that_of_images_that_leave_where_images_do(monkeypatch) -> None:
 def test_exits_are_trained_once_and_get_their_thresholds_from_images_of_their_own(tmp_path) -> None:
     source, target = model(), engine.get("openvino")
     training = Examples.read(open_images(pictures(32, 2)), source.preprocess, source.num_classes)
-    pool = Calibration(open_images(pictures(76, 1)), source.preprocess, n=76, seed=0)
+    pool = Calibration(open_images(pictures(132, 1)), source.preprocess, n=132, seed=0)
     folder = Folder.open(tmp_path / "run", {}, overwrite=False)
+    with pytest.raises(DataError, match="here 61, and take 64; give --num-images 138 or more"):
+        supplied(pool, 10, True, training, folder)
     supply, judged = supplied(pool, 4, True, training, folder)
-    assert (supply.apart.num_images, judged.num_images) == (36, 36)
-    assert supply.apart.labels.tolist() == pool.labels[4:40].tolist()
+    assert (supply.apart.num_images, judged.num_images) == (64, 64)
+    assert supply.apart.labels.tolist() == pool.labels[4:68].tolist()
     recipes = [Recipe.from_yaml(f"martlet: 1\npasses: [{EXITS}, {more}]") for more in ("deer", "int8, deer")]
     screen = Screen(source, target, replace(supply, apart=Held(supply.apart)), Held(judged), 0)
     plain, *early = [screened(screen, recipe.to_yaml()) for recipe in (Recipe(), *recipes)]
@@ -138,7 +140,7 @@ def test_exits_are_trained_once_and_get_their_thresholds_from_images_of_their_ow
     for recipe in recipes:
         [exits, *_, thresholds] = store.load(measure.files(recipe)).model().steps
         assert exits.record["training"]["images"] == 32
-        assert (thresholds.record["images"], thresholds.record["labels"]) == (36, True)
+        assert (thresholds.record["images"], thresholds.record["labels"]) == (64, True)
 
 
 def test_what_a_searched_model_with_exits_gains_by_its_thresholds(tmp_path) -> None:
@@ -148,12 +150,12 @@ def test_what_a_searched_model_with_exits_gains_by_its_thresholds(tmp_path) -> N
         done = pipeline.run(model(), recipe, Context(images=Noise(), seed=0))
         store.seal(folder, done, "torch", store.write_model(folder, done, engine.get("torch")))
     records = tmp_path / "images"
-    for i, (picture, label) in enumerate(pictures(100, 4)):
+    for i, (picture, label) in enumerate(pictures(160, 4)):
         (records / str(label)).mkdir(parents=True, exist_ok=True)
         picture.save(records / str(label) / f"{i}.png")
     found = search(
         str(tmp_path / "early"), images=open_images(records), out=tmp_path / "run", max_drop=60.0, candidates=3,
-        num_images=76, num_calib=4, threads=1, recipe="deer | bf16",
+        num_images=132, num_calib=4, threads=1, recipe="deer | bf16",
     )  # fmt: skip
     winner = found.winner.open(batch=1)
     told = explain(tmp_path / "run")
