@@ -68,11 +68,12 @@ def test_slower_names_the_costliest_operations_in_float_and_no_others():
     [
         (20 * MB - 1, []),
         (20 * MB, []),
-        (20 * MB + 1, ["larger than the untouched model: 20.00 MB against 20.00 MB"]),
+        (21 * MB, []),
+        (21 * MB + 1, ["larger than the untouched model: 21.00 MB against 20.00 MB"]),
         (25 * MB, ["larger than the untouched model: 25.00 MB against 20.00 MB"]),
     ],
 )
-def test_larger_by_a_byte_is_larger(artifact, reasons):
+def test_larger_by_more_than_a_description_is_larger(artifact, reasons):
     assert gate(document(file_bytes=(20 * MB, artifact)))["reasons"] == reasons
 
 
