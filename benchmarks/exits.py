@@ -2,7 +2,7 @@
 
     python benchmarks/exits.py --parts accuracy       # half an hour on two quiet cores
     python benchmarks/exits.py --parts latency        # ten minutes, with nothing else running
-    python benchmarks/exits.py --parts stream         # a minute or two, the last of timing
+    python benchmarks/exits.py --parts stream         # five minutes, the last of timing
     python benchmarks/exits.py --parts search         # half an hour, with nothing else running
 
 Writes results/exits.json. The ViT-Ti is tuned once and kept in --work; exits leave its weights as they are. Thresholds

@@ -41,9 +41,9 @@ SHARPS = 0.65
 """Of the segments, those that are slow."""
 WIDTHS = {"small": (8, 16, 16, 16), "big": (16, 32, 32, 32, 32)}
 """Channels of convolutions, of which the first two halve the sides."""
-STEADY = {"small": 0.9, "big": 0.5}
+STEADY = {"small": 1.0, "big": 0.5}
 """Of the frames that a network is trained on, the share of slow ones: each for what it is there for."""
-STEPS, BATCH, RATE = 1500, 64, 3e-3
+STEPS, BATCH, RATE = 6000, 64, 3e-3
 NUM_TRAIN, NUM_CALIB, NUM_TEST, FRAMES = 4000, 40, 120, 100
 """Pictures to train on; streams to find the threshold on, streams to test on, and frames of each."""
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
