@@ -200,7 +200,10 @@ def searched(work: Path, part: str, assets: Path, out: Path, progress: Progress)
         num_images=NUM_SEARCHED,
         progress=progress,
     )
-    return told(found.document, SEARCH_MINUTES, "its own weights", "cifar10") | {"n_training": len(train), "why": found.why}
+    return told(found.document, SEARCH_MINUTES, "its own weights", "cifar10") | {
+        "n_training": len(train),
+        "why": found.why,
+    }
 
 
 def cascade(part: str, assets: Path, out: Path, progress: Progress) -> dict[str, Any]:

@@ -241,8 +241,8 @@ class Duel:
 def gate(document: Document, max_drop: float | None = None) -> Gate:
     """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why.
 
-    Larger is a file by more than DESCRIBED. A simulated speed isn't judged, nor the size of a model that can stop early:
-    exits, or further models of a cascade, are what its speed is bought with.
+    Larger is a file by more than DESCRIBED. A simulated speed isn't judged, nor the size of a model that can stop
+    early: exits, or further models of a cascade, are what its speed is bought with.
     """
     baseline, artifact, reasons = document["baseline"], document["artifact"], []
     judged = [] if "exits" in document else ["size"]
