@@ -166,6 +166,7 @@ def search(
     if learned is not None:
         training = Examples.read(learned, source.preprocess, source.num_classes, progress)
     recipes = Recipes.of(source.facts, replace(context(target), training=training), only)
+    check_solved(num_searched, num_calib, bool(recipes.follow))
     folder = Folder.open(out, job, overwrite)
     pool = Calibration(searched, source.preprocess, n=num_searched, seed=seed, progress=progress)
     supply, judged = supplied(pool, num_calib, bool(recipes.follow), training, folder)
@@ -192,6 +193,19 @@ def search(
     return Search(winner=artifact, kept=kept, why=why, document=found)
 
 
+def check_solved(num_searched: int, num_calib: int, judging: bool) -> None:
+    """
+    Raises:
+        DataError: too few images to solve thresholds on.
+    """
+    solved = (num_searched - num_calib) // 2
+    if judging and solved < LEAST_SOLVED:
+        raise DataError(
+            f"thresholds of exits are solved on half of the images that are searched on and not calibrated on, here "
+            f"{solved}, and take {LEAST_SOLVED}; give --num-images {num_calib + 2 * LEAST_SOLVED} or more"
+        )
+
+
 def supplied(
     pool: Calibration, num_calib: int, judging: bool, training: Examples | None, folder: Folder
 ) -> tuple[Supply, First]:
@@ -199,16 +213,8 @@ def supplied(
 
     judging: whether there are techniques that judge others, as thresholds of exits do: half of the images that nothing
     else learns from are for these.
-
-    Raises:
-        DataError: they are too few.
     """
     solved = (pool.num_images - num_calib) // 2 if judging else 0
-    if judging and solved < LEAST_SOLVED:
-        raise DataError(
-            f"thresholds of exits are solved on half of the images that are searched on and not calibrated on, here "
-            f"{solved}, and take {LEAST_SOLVED}; give --num-images {num_calib + 2 * LEAST_SOLVED} or more"
-        )
     apart = First(pool, solved, num_calib) if solved else None
     supply = Supply(
         calibration=First(pool, num_calib), apart=apart, training=training, kept=Kept(folder.path / TRAINED)

@@ -25,7 +25,7 @@ from martlet.recipe_search.explain import explain
 from martlet.recipe_search.folder import Folder
 from martlet.recipe_search.measure import Measure
 from martlet.recipe_search.screen import Held, Screen, in_mean, screened, work
-from martlet.recipe_search.whole import supplied
+from martlet.recipe_search.whole import check_solved, supplied
 from martlet.source import load_model
 
 SIZE = 16
@@ -122,7 +122,9 @@ def test_exits_are_trained_once_and_get_their_thresholds_from_images_of_their_ow
     pool = Calibration(open_images(pictures(132, 1)), source.preprocess, n=132, seed=0)
     folder = Folder.open(tmp_path / "run", {}, overwrite=False)
     with pytest.raises(DataError, match="here 61, and take 64; give --num-images 138 or more"):
-        supplied(pool, 10, True, training, folder)
+        check_solved(132, 10, True)
+    check_solved(138, 10, True)
+    check_solved(132, 10, False)
     supply, judged = supplied(pool, 4, True, training, folder)
     assert (supply.apart.num_images, judged.num_images) == (64, 64)
     assert supply.apart.labels.tolist() == pool.labels[4:68].tolist()
