@@ -18,6 +18,7 @@ is tested on OpenVINO. Training is by the logits of the whole model, on the cali
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import sys
@@ -309,17 +310,14 @@ class Bench:
 
 def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
     """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
-    engine, context = engines.get(ENGINE), bench.for_engine(progress)
+    context = bench.for_engine(progress)
     probe = next(iter(bench.calibration))[:1].numpy()
     with ExitStack() as stack:
         runs, macs_removed = {}, {}
         for name, model in _timed_models(bench, options.timed, options.ratios, progress):
             for recipe in ("bf16", "int8"):
                 done = pipeline.run(model, Recipe.load(recipe), context)
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                engine.lower(done, folder)
-                session = engine.open(folder, precision=done.precision, threads=cores())
-                runs[f"{name}, {recipe}"] = lambda session=session: session(probe)
+                runs[f"{name}, {recipe}"] = running(stack, done, done.precision, probe)
                 macs_removed[f"{name}, {recipe}"] = 1 - total_macs(model) / bench.macs
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
     wholes = {recipe: times[f"whole, {recipe}"] for recipe in ("bf16", "int8")}
@@ -334,10 +332,21 @@ def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list
     ]
 
 
+def floating() -> str:
+    """What floating point is computed in where nothing else is said: bf16, if the machine has it fast."""
+    return "bf16" if "bf16" in engines.get(ENGINE).alternatives() else "f32"
+
+
+def running(stack: ExitStack, model: Model, precision: str, probe: np.ndarray) -> Callable[[], object]:
+    """What calls the model on the engine; its files go with the stack."""
+    engine, folder = engines.get(ENGINE), Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    engine.lower(model, folder)
+    return functools.partial(engine.open(folder, precision=precision, threads=cores()), probe)
+
+
 def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, Any]:
     """What a block of each of some sizes takes: the whole model, all of whose blocks have them, over its depth."""
-    engine = engines.get(ENGINE)
-    precision = "bf16" if "bf16" in engine.alternatives() else "f32"
+    precision = floating()
     depth = len(view(bench.model.module).blocks)
     probe = next(iter(bench.calibration))[:1].numpy()
     runs = {}
@@ -347,10 +356,7 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
             model = bench.model.copy()
             blocks = [[i, *astuple(shape), True] for i in range(depth)]
             restore_structure_(model.module, {"blocks": blocks, "removed": [], "width": None})
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            engine.lower(model, folder)
-            session = engine.open(folder, precision=precision, threads=cores())
-            runs[shape] = lambda session=session: session(probe)
+            runs[shape] = running(stack, model, precision, probe)
         named = {str(shape): run for shape, run in runs.items()}
         times = latency.interleave(named, seed=bench.settings.seed, min_seconds=seconds, progress=progress)
     rows = [asdict(shape) | {"latency_ms": latency.summary(times[str(shape)])["median"] / depth} for shape in runs]
@@ -364,8 +370,7 @@ def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> di
 
     A table's times are of whole models over their depth, so a ratio of the time in blocks is one of the model's time.
     """
-    engine = engines.get(ENGINE)
-    precision = "bf16" if "bf16" in engine.alternatives() else "f32"
+    precision = floating()
     vit = view(bench.model.module)
     law = read_law(str(options.table), "slimming", ENGINE)
     in_blocks = sum(law(shape_of(block)) for block in vit.blocks)
@@ -378,10 +383,7 @@ def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> di
     runs = {}
     with ExitStack() as stack:
         for ratio, model in models.items():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            engine.lower(model, folder)
-            session = engine.open(folder, precision=precision, threads=cores())
-            runs[str(ratio)] = lambda session=session: session(probe)
+            runs[str(ratio)] = running(stack, model, precision, probe)
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
     found = []
     for ratio in options.ratios:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from martlet import engine as engines
 from martlet.core import store
 from martlet.core.errors import MartletError, UsageError
-from martlet.core.facts import ALL_FACTS, Fact
+from martlet.core.facts import Fact
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress, Technique, silent
 from martlet.recipe_search.folder import Folder, read_job
 from martlet.recipe_search.measure import FLOAT, Measure
+from martlet.recipe_search.recipes import lost
 from martlet.recipe_search.whole import supplied
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def explain(run: str | Path, *, trust_code: bool = False, progress: Progress = s
 def without(recipe: Recipe, dropped: Technique, facts: frozenset[Fact]) -> Recipe:
     """The recipe without a technique, and without what follows from that alone. facts: of the untouched model."""
     left = [technique for technique in recipe.passes if technique is not dropped]
-    broken = (ALL_FACTS - facts).union(*(technique.breaks for technique in left))
+    broken = lost(facts, left)
     follows = {technique: part.follows for technique in left if (part := technique.space())}
     return Recipe(tuple(technique for technique in left if follows.get(technique) in {None, *broken}))
 

@@ -72,7 +72,7 @@ class Recipes:
             except MartletError:
                 continue
             parts[technique.name] = Part(technique, choices)
-        broken = (ALL_FACTS - facts).union(*(part.technique.breaks for part in parts.values()))
+        broken = lost(facts, (part.technique for part in parts.values()))
         parts = {name: part for name, part in parts.items() if part.choices.follows in {None, *broken}}
         ordered = {name: parts[name] for name in _order(parts.values())}
         chosen = [part.technique for part in ordered.values() if part.choices.follows is None]
@@ -102,7 +102,7 @@ class Recipes:
 
     def following(self, chosen: Iterable[Technique]) -> list[str]:
         """What follows from these."""
-        broken = (ALL_FACTS - self.facts).union(*(technique.breaks for technique in chosen))
+        broken = lost(self.facts, chosen)
         return [name for name, part in self.parts.items() if part.choices.follows in broken]
 
     def _options(self, group: tuple[str, ...]) -> Sequence[str]:
@@ -168,6 +168,11 @@ class Recipes:
         """Those techniques and what is always there, each with the settings of its class; in order."""
         wanted = {*names} | {name for name, part in self.parts.items() if part.choices.always}
         return Recipe(tuple(part.technique for name, part in self.parts.items() if name in wanted))
+
+
+def lost(facts: frozenset[Fact], techniques: Iterable[Technique]) -> frozenset[Fact]:
+    """The facts that don't hold any more after all of these, in any order. facts: what holds before."""
+    return (ALL_FACTS - facts).union(*(technique.breaks for technique in techniques))
 
 
 def split(recipe: Recipe) -> tuple[Recipe, Recipe]:

@@ -13,6 +13,7 @@ from martlet.core.facts import ALL_FACTS, Fact
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Choices, Context, Stage, Technique
+from martlet.recipe_search.explain import without
 from martlet.recipe_search.recipes import Recipes, split, spread
 from martlet.recipe_search.space import context
 from martlet.techniques.exits.deer import DROPS, DeeR
@@ -192,6 +193,19 @@ def test_a_model_with_exits_always_gets_thresholds() -> None:
         assert [t.name for t in recipe.passes if t.stage is not Stage.ENGINE][-1] == "deer"
         assert "deer" not in names
         recipe.facts(facts)
+
+
+def test_what_follows_goes_with_what_it_follows_and_not_where_the_model_has_it() -> None:
+    recipe = Recipe.load("linear_exits | int8 | deer | bf16")
+    exits, int8, deer, _ = recipe.passes
+
+    def left(dropped: Technique, facts: frozenset[Fact] = ALL_FACTS) -> list[str]:
+        return [technique.name for technique in without(recipe, dropped, facts).passes]
+
+    assert left(exits) == ["int8", "bf16"]
+    assert left(int8) == ["linear_exits", "deer", "bf16"]
+    assert left(deer) == ["linear_exits", "int8", "bf16"]
+    assert left(exits, ALL_FACTS - {Fact.ONE_EXIT}) == ["int8", "deer", "bf16"]
 
 
 def test_what_is_trained_is_drawn_only_where_there_are_images_to_train_on() -> None:
