@@ -23,6 +23,7 @@ from martlet.engine.base import BATCH, Piece, first_line, whole
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 OPSET = 21
 """The first in which QuantizeLinear takes everything that is needed here, and that all engines read."""
@@ -68,10 +69,12 @@ def write_onnx(piece: Piece, path: Path) -> None:
                 output_names=[*piece.outputs],
                 custom_translation_table=onnx_translations(),
                 verbose=False,
+                optimize=False,
             )
+            assert exported is not None
+            _optimize_(exported.model)
     except Exception as error:
         raise EngineError(f"{model.name} can't be written as ONNX: {first_line(error)}") from error
-    assert exported is not None
     proto = exported.model_proto
     _name_nodes_(proto.graph)
     _name_batch_(proto.graph)
@@ -114,6 +117,53 @@ def _prepared(module: GraphModule) -> GraphModule:
     _unpack_weights_(twin)
     twin.recompile()
     return twin
+
+
+def _optimize_(model: ir.Model) -> None:
+    """What the exporter does by default, less rules that find nothing in a graph of ours and cost a model of thousands
+    of nodes minutes. The worst looks for slices that are a split, and for each node goes through all of them.
+    """
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants_ir
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules import common
+
+    rewrite = RewritePass(
+        [
+            *common.mul_by_1_rule.commute(),
+            *common.add_0_rule.commute(),
+            common.sub_0_rule,
+            common.div_by_1_rule,
+            common.collapse_slice_rule,
+            common.collapse_slice2_rule,
+            common.materialize_reshape_shape_rule,
+            common.cast_cast_rule,
+            common.no_op_cast_rule,
+            common.no_op_expand_rule,
+            common.reshape_reshape_rule,
+            common.no_op_transpose_rule,
+            common.transpose_transpose_rule,
+            common.unsqueeze_unsqueeze_rule,
+            common.squeeze_reshape_1d_rule,
+            common.normalize_pad_format_conv_rule,
+            common.fuse_pad_into_conv_rule,
+            common.remove_optional_bias_from_conv_rule,
+        ]
+    )
+    passes.InlinePass()(model)
+    for _ in range(2):  # what is rewritten may become constant
+        changed = fold_constants_ir(model, onnx_shape_inference=True).modified
+        changed |= rewrite(model).modified
+        passes.RemoveUnusedNodesPass()(model)
+        if not changed:
+            break
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
 
 
 def _unpack_weights_(graph_module: GraphModule) -> None:
