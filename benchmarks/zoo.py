@@ -33,15 +33,16 @@ from martlet.core import pipeline, registry, report
 from martlet.core.errors import MartletError, UsageError, nearest
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, Stage
-from martlet.engine.base import cores
+from martlet.engine.base import WHOLE, cores
+from martlet.engine.openvino import OpenVINO
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
 
 PARTS = ("counts", "export", "latency")
 ENGINES = ("openvino", "onnxruntime", "torch")
-EXPORTED = ("openvino", "onnxruntime")
-"""The engines that read a file; PyTorch runs the module."""
+EXPORTED = ("onnxruntime", "openvino")
+"""The engines that read a file, the one that reads ONNX itself first; PyTorch runs the module."""
 BATCHES = (1, 16)
 FEW = 2
 """Images on which logits are compared."""
@@ -219,12 +220,19 @@ def graph(model: Model) -> Model:
 
 
 def lower(traced: Model, engine: str, folder: Path) -> list[Path]:
-    """Writes the engine's files into a folder of its name, whole or not at all. Returns them."""
+    """Writes the engine's files into a folder of its name, whole or not at all. Returns them.
+
+    OpenVINO's are made of ONNX Runtime's, if that is there: writing ONNX takes longest.
+    """
     place, partial = folder / engine, folder / f".{engine}"
     for old in (place, partial):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
-    names = engines.get(engine).lower(traced, partial)
+    written = folder / "onnxruntime" / f"{WHOLE}.onnx"
+    if engine == "openvino" and written.is_file():
+        names = OpenVINO().convert(written, partial)
+    else:
+        names = engines.get(engine).lower(traced, partial)
     partial.rename(place)
     return [place / name for name in names]
 

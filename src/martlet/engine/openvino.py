@@ -48,7 +48,6 @@ class OpenVINO(Engine):
         from martlet.engine.onnx import write_onnx
         from martlet.nn.quantizers import ActivationQuantizer
 
-        ov = _openvino()
         if any(isinstance(part, ActivationQuantizer) and part.format for part in piece.module.modules()):
             raise EngineError(
                 f"{piece.model.name} rounds activations to 8-bit floats, which openvino leaves out; compress it with "
@@ -57,12 +56,21 @@ class OpenVINO(Engine):
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
             write_onnx(piece, path)
-            try:
-                read = _core().read_model(path)
-                _restore_normal_floats_(read)
-                ov.save_model(read, folder / f"{stem}.xml", compress_to_fp16=False)
-            except RuntimeError as error:
-                raise self.refuse(f"read {piece.model.name}", error) from error
+            return self.convert(path, folder, stem)
+
+    def convert(self, path: Path, folder: Path, stem: str = WHOLE) -> list[str]:
+        """Writes the engine's files for one that `engine.onnx` wrote. Returns their names.
+
+        Raises:
+            EngineError: the engine refuses it.
+        """
+        ov = _openvino()
+        try:
+            read = _core().read_model(path)
+            _restore_normal_floats_(read)
+            ov.save_model(read, folder / f"{stem}.xml", compress_to_fp16=False)
+        except RuntimeError as error:
+            raise self.refuse(f"read {path}", error) from error
         return [f"{stem}.xml", f"{stem}.bin"]
 
     def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> OpenVINOSession:
