@@ -3,6 +3,7 @@
     python benchmarks/token_studies.py accuracy      # every technique on ViT-Ti, at equal numbers of tokens
     python benchmarks/token_studies.py features      # at 384 pixels: how close all tokens are given back
     python benchmarks/token_studies.py learned       # a small model tuned after each, on CIFAR-10: half an hour
+    python benchmarks/token_studies.py compressed    # one LookupViT for several numbers of tokens, CIFAR-10: 20 minutes
     python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
     python benchmarks/token_studies.py throughput    # of training that skips, and of packed images; a quiet machine
 
@@ -31,6 +32,7 @@ from martlet import engine as engines
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, registry
 from martlet.core.errors import MartletError
+from martlet.core.kept import Kept
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.engine.base import cores
@@ -39,6 +41,7 @@ from martlet.measure.fidelity import fidelity
 from martlet.measure.macs import macs
 from martlet.recipe_search.space import expected_drop_pct
 from martlet.source import load_model
+from token_counts import compressed
 from token_throughput import throughput
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
-PARTS = ("accuracy", "features", "learned", "times", "throughput")
+PARTS = ("accuracy", "features", "learned", "compressed", "times", "throughput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = Settings(seconds=options.seconds)
     runs = {"accuracy": accuracy, "features": features, "learned": learned, "times": times, "throughput": throughput}
+    runs["compressed"] = lambda assets, _settings, known: compressed(assets, known, Kept.beside(options.out))
     try:
         document = peers.open_document(options.out, settings, "token_studies", "entries")
         for part in options.parts:
@@ -380,6 +384,8 @@ def _line(entry: Mapping[str, Any]) -> str:
     if "macs" not in entry:
         return f"{entry['name']}: {entry['speedup']['median']:.2f} times as fast"
     share = f"{entry['macs'] / 1e9:.2f} of {entry['macs_float'] / 1e9:.2f} GMACs"
+    if "relative_error" in entry:
+        return f"{entry['name']}: {entry['top1_pct']:.2f} %, {share}"
     if "top1_pct" in entry:
         return f"{entry['name']}: {entry['top1_pct']:.2f} % of {entry['top1_float_pct']:.2f} %, {share}"
     if "cosine_mean" in entry:
