@@ -137,6 +137,27 @@ def test_a_rewrite_that_changes_the_logits_is_refused(monkeypatch: pytest.Monkey
         Fuse().apply_(build("mobileone_s0", 64), Context())
 
 
+@pytest.mark.parametrize("fault", [1.0, 1.001])
+def test_what_rounding_explains_is_no_change(monkeypatch: pytest.MonkeyPatch, fault: float) -> None:
+    """Logits enlarged until the rounding of the rewrite is 4e-3 of them, as it is in deep models at random."""
+    from timm.models.byobnet import MobileOneBlock
+
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))  # what the technique looks at
+    model, twin = build("mobileone_s0", 64), build("mobileone_s0", 64)
+    right, forward = MobileOneBlock._get_kernel_bias, model.module.forward
+    with torch.no_grad():
+        before = forward(image)
+        reparameterize_(twin.module)
+        rounding = (twin.module(image) - before).norm()
+    monkeypatch.setattr(MobileOneBlock, "_get_kernel_bias", lambda self: (right(self)[0] * fault, right(self)[1]))
+    monkeypatch.setattr(model.module, "forward", lambda x: 1 + (forward(x) - before) * 4e-3 * 10**0.5 / rounding)
+    if fault == 1:
+        assert Fuse().apply_(model, Context())["fused"] > 0
+    else:
+        with pytest.raises(NumericsError, match="changes the logits"):
+            Fuse().apply_(model, Context())
+
+
 def test_fuse_of_a_class_that_is_not_timms_is_left_alone() -> None:
     class Merge(nn.Module):
         def fuse(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
