@@ -334,6 +334,10 @@ def open_document(
         raise ArtifactError(f"{path} can't be read: {first_line(error)}") from None
     if not isinstance(document, dict) or any(document.get(k) != fresh[k] for k in ("martlet_results", "benchmark")):
         raise ArtifactError(f"{path} holds no results of this benchmark; give another --out")
+    if timed:  # what is installed here alone took no part so far, and what was there alone takes none
+        versions, here = (each["environment"]["versions"] for each in (document, fresh))
+        fresh["environment"]["versions"] = versions | here
+        document["environment"]["versions"] = here | versions
     for part in ("settings", "environment"):
         for key, value in fresh.get(part, {}).items():
             if document.get(part, {}).get(key) != value:

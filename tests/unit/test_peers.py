@@ -127,6 +127,14 @@ def test_results_of_other_settings_or_another_machine_are_not_mixed(peers: Modul
     with pytest.raises(UsageError, match=r"minutes 1\.0, and this is 2\.0; give another --out"):
         peers.open_document(path, peers.Settings(threads=2, minutes=2.0))
     document = json.loads(path.read_text())
+    versions, torch = document["environment"]["versions"], document["environment"]["versions"].pop("torch")
+    peers.write(path, document | {"environment": document["environment"] | {"versions": versions | {"gone": "1"}}})
+    both = peers.open_document(path, settings)["environment"]["versions"]  # what one of the two lacks is no difference
+    assert both["torch"] == torch
+    assert both["gone"] == "1"
+    peers.write(path, document | {"environment": document["environment"] | {"versions": versions | {"torch": "1"}}})
+    with pytest.raises(UsageError, match="versions"):
+        peers.open_document(path, settings)
     document["environment"]["cpu"] = "another"
     peers.write(path, document)
     with pytest.raises(UsageError, match="cpu another"):
