@@ -2,14 +2,14 @@
 
     python benchmarks/token_studies.py accuracy      # every technique on ViT-Ti, at equal numbers of tokens
     python benchmarks/token_studies.py features      # at 384 pixels: how close all tokens are given back
-    python benchmarks/token_studies.py learned       # a small model tuned after each, on CIFAR-10: half an hour
+    python benchmarks/token_studies.py learned       # two models tuned after each, on CIFAR-10: an hour
     python benchmarks/token_studies.py compressed    # one LookupViT for several numbers of tokens, CIFAR-10: 20 minutes
     python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
     python benchmarks/token_studies.py throughput    # of training that skips, and of packed images; a quiet machine
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Accuracy and features are
 PyTorch's, in float32, from ViT-Ti's real weights on the real images of --assets; times are of random weights. What is
-tuned is a ViT of 0.55 M parameters with real weights, of 64 patches.
+tuned are a ViT of 0.55 M parameters with real weights, of 64 patches, and the ViT-Ti of benchmarks/exits.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import cifar
+import exits
 import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
@@ -92,14 +93,15 @@ GIVEN_BACK: Sequence[Case] = (
 )
 
 
-TUNED: Sequence[tuple[str, Sequence[Case]]] = (
-    ("all tokens", ()),
-    ("skipvit", [("skipvit", {})]),
-    ("stvit", [("stvit", {"tokens": [4, 4]})]),
-    ("ia_red2", [("ia_red2", {})]),
-    ("tome", [("tome", {"r": {1: 32}})]),
+TUNED: Sequence[Case] = (
+    ("skipvit", {}),
+    ("stvit", {"tokens": [4, 4]}),
+    ("ia_red2", {}),
+    ("tome", {"r": {1: 32}}),
 )
 TUNING: Case = ("finetune", {"epochs": 3.0, "rate": 5e-4})
+TUNED_TINY: Sequence[Case] = (*TUNED[:3], ("tome", {"r": {3: 50}}))
+TUNING_TINY: Case = ("finetune", {"epochs": 1.0, "batch": 32, "rate": 1e-4, "precision": "bf16"})
 SMALL = "vit_d128x4.cifar10.safetensors"
 
 
@@ -230,15 +232,24 @@ def features(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict
         }
 
 
-def learned(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
-    """Top-1 on CIFAR-10 as the technique leaves a small ViT, and after both were tuned alike."""
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A model that was trained on CIFAR-10, what it is tuned by, and what it is tested on."""
+
+    model: Model
+    context: Context
+    x: Tensor
+    labels: Tensor
+    images: str
+    tuning: Case
+
+
+def small_host(assets: Path, settings: Settings, progress: Progress) -> Host:
+    """A ViT of 64 patches."""
     from martlet.data import open_images
     from martlet.data.calibration import Calibration
     from martlet.data.examples import Examples
 
-    todo = [(said, cases) for said, cases in TUNED if said not in known]
-    if not todo:
-        return
     kwargs = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
     preprocess = {"size": (32, 32), "resize": 32, "mean": cifar.MEAN, "std": cifar.STD}
     weights = assets / "weights" / SMALL
@@ -246,31 +257,67 @@ def learned(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[
         "timm:vit_tiny_patch16_224", weights=weights, num_classes=10, model_kwargs=kwargs, preprocess=preprocess
     )
     train, test = (open_images(assets / "data" / "cifar10" / f"{part}.parquet") for part in ("train", "test"))
-    examples = Examples.read(train, model.preprocess, model.num_classes)
     x, labels = cifar.read(test, model)
-    whole = macs(model)
-    for said, cases in todo:
+    return Host(
+        model=model,
+        context=Context(
+            images=Calibration(train, model.preprocess, n=256, seed=settings.seed),
+            training=Examples.read(train, model.preprocess, model.num_classes),
+            seed=settings.seed,
+            progress=progress,
+        ),
+        x=x,
+        labels=labels,
+        images="CIFAR-10, all 50,000 to tune on, all 10,000 to test",
+        tuning=TUNING,
+    )
+
+
+def tiny_host(assets: Path, settings: Settings, progress: Progress) -> Host:
+    """The ViT-Ti of `benchmarks/exits.py`, of 100 patches."""
+    model, context, test = exits.prepared(Path("runs/exits"), assets, Path("runs/exits"), progress)
+    x, labels = cifar.read(test, model)
+    return Host(
+        model=model,
+        context=context,
+        x=x,
+        labels=labels,
+        images=f"CIFAR-10, {exits.NUM_TRAIN:,} to tune on, {exits.NUM_TEST:,} to test",
+        tuning=TUNING_TINY,
+    )
+
+
+def learned(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
+    """Top-1 on CIFAR-10 as each technique leaves a ViT, and after it was tuned as the untouched one was."""
+    for said, load, cases in (("small ViT", small_host, TUNED), ("ViT-Ti", tiny_host, TUNED_TINY)):
+        all_cases = [("all tokens", ()), *((_text(case), (case,)) for case in cases)]
+        todo = [(f"{said}, {name}", its) for name, its in all_cases if f"{said}, {name}" not in known]
+        if not todo:
+            continue
         with working(said) as progress:
-            calibration = Calibration(train, model.preprocess, n=256, seed=settings.seed)
-            context = Context(images=calibration, training=examples, seed=settings.seed, progress=progress)
-            fewer = Recipe(tuple(map(_technique, cases)))
-            before = pipeline.run(model, fewer, context)
-            after = pipeline.run(before, Recipe((_technique(TUNING),)), context)
-            logits = [_logits(each, x, settings, progress) for each in (model, before, after)]
-        yield {
-            "name": said,
-            "model": model.name,
-            "weights": model.origin["weights"],
-            "recipe": (fewer | _technique(TUNING)).to_yaml(),
-            "images": "CIFAR-10, all 50,000 to tune on, all 10,000 to test",
-            "n": len(labels),
-            "macs": macs(before),
-            "macs_float": whole,
-            **{
-                f"top1_{when}pct": _top1(each, labels.numpy())
-                for when, each in zip(("float_", "before_", ""), logits, strict=True)
-            },
-        }
+            host = load(assets, settings, progress)
+        whole = macs(host.model)
+        for name, its in todo:
+            with working(name) as progress:
+                context = replace(host.context, progress=progress)
+                fewer, tuning = Recipe(tuple(map(_technique, its))), _technique(host.tuning)
+                before = pipeline.run(host.model, fewer, context)
+                after = pipeline.run(before, Recipe((tuning,)), context)
+                logits = [_logits(each, host.x, settings, progress) for each in (host.model, before, after)]
+            yield {
+                "name": name,
+                "model": host.model.name,
+                "weights": host.model.origin["weights"],
+                "recipe": (fewer | tuning).to_yaml(),
+                "images": host.images,
+                "n": len(host.labels),
+                "macs": macs(before),
+                "macs_float": whole,
+                **{
+                    f"top1_{when}pct": _top1(each, host.labels.numpy())
+                    for when, each in zip(("float_", "before_", ""), logits, strict=True)
+                },
+            }
 
 
 def times(assets: Path, settings: Settings, known: set[str]) -> Iterator[dict[str, Any]]:
