@@ -75,7 +75,7 @@ class Examples:
     @classmethod
     def unlabelled(cls, batches: Iterable[Tensor], preprocess: Preprocess) -> Examples:
         """From preprocessed images, float32 (B, 3, H, W), which are made bytes again."""
-        mean, std = _statistics(preprocess)
+        mean, std = preprocess.statistics()
         pixels = [((batch * std + mean) * 255).round().clamp(0, 255).to(torch.uint8) for batch in batches]
         return cls(torch.cat(pixels), None, preprocess, "calibration images")
 
@@ -126,7 +126,7 @@ class Examples:
         """(B, 3, H, W) as the model takes them; what is float already has been normalized."""
         if images.is_floating_point():
             return images
-        mean, std = (value.to(images.device) for value in _statistics(self.preprocess))
+        mean, std = (value.to(images.device) for value in self.preprocess.statistics())
         return images.float().sub_(255 * mean).div_(255 * std)
 
     def _changed(self, index: int, seed: int, policy: str, erase: float) -> Tensor:
@@ -190,9 +190,3 @@ def moved(pixels: Tensor, seeds: Tensor) -> Tensor:
     columns = torch.where(((seeds >> 40) % 2 == 1)[:, None], columns.flip(1), columns)
     flat = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).flatten(1)  # (B, H W)
     return padded.flatten(2).gather(2, flat[:, None].expand(-1, 3, -1)).unflatten(2, (h, w))
-
-
-def _statistics(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (3, 1, 1), of values from 0 to 1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    return mean, std

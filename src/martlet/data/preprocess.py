@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from martlet.core.errors import ArtifactError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -78,6 +81,18 @@ class Preprocess:
         scaled = array.astype(np.float32) / np.float32(255)
         scaled = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))  # (..., 3, H, W)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (3, 1, 1), of values from 0 to 1."""
+        import torch
+
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return mean, std
+
+    def renormalized(self, wanted: Preprocess) -> tuple[Tensor, Tensor]:
+        """Scale and shift (3, 1, 1) from images normalized as here to what they are when normalized as wanted."""
+        (mean0, std0), (mean1, std1) = self.statistics(), wanted.statistics()
+        return std0 / std1, (mean0 - mean1) / std1
 
     def override(self, changes: Mapping[str, Any]) -> Preprocess:
         """A copy with some fields changed. A `size` without a `resize` scales the resize along, so that the crop

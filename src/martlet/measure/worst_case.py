@@ -102,5 +102,5 @@ def _let_gradients_pass_(graph_module: GraphModule) -> None:
 
 def _pixels(preprocess: Preprocess) -> tuple[Tensor, Tensor, Tensor]:
     """The standard deviation, and what pixels of 0 and 1 are once normalized: (3, 1, 1) each."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    mean, std = preprocess.statistics()
     return std, -mean / std, (1 - mean) / std

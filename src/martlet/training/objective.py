@@ -14,7 +14,6 @@ from torch.nn import functional
 from martlet.core.errors import UsageError
 from martlet.core.model import Model
 from martlet.data.examples import Examples
-from martlet.data.preprocess import Preprocess
 from martlet.training.signals import Signals, observe
 
 RATE = "rate_scale"
@@ -145,13 +144,8 @@ class Teacher:
         """The student's images (B, 3, H, W) as the teacher takes them, enlarged or made smaller where it has to be."""
         own, students = self._own, self._students
         if (own.mean, own.std) != (students.mean, students.std):
-            (m0, s0), (m1, s1) = statistics(students, images), statistics(own, images)
-            images = (images * s0 + m0 - m1) / s1
+            scale, shift = (value.to(images) for value in students.renormalized(own))
+            images = images * scale + shift
         if own.size == students.size:
             return images
         return functional.interpolate(images, own.size, mode="bicubic", antialias=True)
-
-
-def statistics(preprocess: Preprocess, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (3, 1, 1)."""
-    return tuple(like.new_tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))  # type: ignore[return-value]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch.fx import GraphModule
 
 from martlet.core.errors import RecipeError
@@ -115,16 +114,8 @@ class Cascade(Technique):
         joined = []
         for member in (*members, model):
             assert isinstance(member.module, GraphModule)
-            joined.append(Member(member.module, *_renormalized(model.preprocess, member.preprocess)))
+            joined.append(Member(member.module, *model.preprocess.renormalized(member.preprocess)))
         model.module = join(joined, self.average)
-
-
-def _renormalized(given: Preprocess, wanted: Preprocess) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift (3, 1, 1) from images that are normalized in one way to another."""
-    mean0, std0, mean1, std1 = (
-        torch.tensor(values)[:, None, None] for values in (given.mean, given.std, wanted.mean, wanted.std)
-    )
-    return std0 / std1, (mean0 - mean1) / std1
 
 
 def _kind(model: Model) -> str:

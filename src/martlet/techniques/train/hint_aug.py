@@ -23,7 +23,7 @@ from martlet.functional.hints import (
     patch_mask,
 )
 from martlet.training.attended import Seen, Sight
-from martlet.training.objective import Batch, Objective, Teacher, statistics
+from martlet.training.objective import Batch, Objective, Teacher
 from martlet.training.technique import Leading, Training
 from martlet.training.tuning import Tuning
 
@@ -166,7 +166,7 @@ class Hinted(Objective):
     def _changed(self, images: Tensor, labels: Tensor, seen: Seen) -> Tensor:
         """Images (B, 3, H, W) with some patches a step further."""
         slope = self._slope(images, labels, seen.logits) if self.hints.infusion else 0.5 - torch.rand_like(images)
-        mean, std = statistics(self.preprocess, images)
+        mean, std = (value.to(images) for value in self.preprocess.statistics())
         mask = patch_mask(self._patches(images, seen), self.sight.grid, self.preprocess.size)
         step = -self.hints.radius / std * slope.sign()
         return infused(images.detach(), step, mask, -mean / std, (1 - mean) / std)
