@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from martlet.engine.base import Session
 
 MIN_ROUNDS = 30
-WARM_UP = 5
+WARM_UP, WARM_UP_SECONDS = 5, 2.0
+"""Calls before any is timed; fewer, once they took so long: long calls are warm after the first."""
 RESAMPLES = 2000
 
 
@@ -40,8 +41,11 @@ def interleave(
     times: dict[str, list[int]] = {name: [] for name in names}  # nanoseconds
     with _no_garbage_collection():
         for name in names:
+            start = time.perf_counter()
             for _ in range(WARM_UP):
                 runs[name]()
+                if time.perf_counter() - start > WARM_UP_SECONDS:
+                    break
         start = time.perf_counter()
         for done in range(1, max_rounds + 1):
             for i in rng.permutation(len(names)):

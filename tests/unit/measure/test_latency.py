@@ -35,6 +35,15 @@ def test_stops_at_the_time_that_is_given():
     assert 5 <= len(times["wait"]) <= 12
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 1), (60.0, 5)])
+def test_long_calls_are_warmed_up_less_often(monkeypatch, seconds, calls):
+    monkeypatch.setattr("martlet.measure.latency.WARM_UP_SECONDS", seconds)
+    made = []
+    times = interleave({"a": lambda: made.append(0)}, min_seconds=0, max_rounds=7)
+    assert len(times["a"]) == 7
+    assert len(made) == calls + 7
+
+
 def test_garbage_collection_is_off_only_while_timing():
     states: list[bool] = []
     interleave({"a": lambda: states.append(gc.isenabled())}, min_seconds=0, max_rounds=5)
