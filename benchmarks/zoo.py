@@ -30,13 +30,15 @@ import peers
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, registry, report
-from martlet.core.errors import MartletError, UsageError, nearest
+from martlet.core.errors import MartletError, NumericsError, UsageError, nearest
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, Stage
 from martlet.engine.base import WHOLE, cores
 from martlet.engine.openvino import OpenVINO
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from martlet.core.model import Model
 
 PARTS = ("counts", "export", "latency")
@@ -46,6 +48,8 @@ EXPORTED = ("onnxruntime", "openvino")
 BATCHES = (1, 16)
 FEW = 2
 """Images on which logits are compared."""
+LEAST_BETWEEN = 1e-3
+"""That the logits of two images have to differ by, over the largest: what differs by less can't be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +179,7 @@ def load(name: str, settings: Settings) -> tuple[Model, Model]:
     classes = 1000 if name in models.timm_names() else None
     size = models.image_size(name)
     model = load_model(models.spec(name), num_classes=classes, weights="random", preprocess={"size": size})
-    randomize_(model.module, settings.seed)
+    randomize_(model.module, settings.seed, noise(model, settings))
     return model, pipeline.run(model, Recipe.load("fuse"), Context(seed=settings.seed))
 
 
@@ -183,33 +187,48 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     """What techniques take the model; for each engine the largest error of a logit over the largest logit, or why not.
 
     Raises:
-        MartletError: the model can't be loaded, fused or traced.
+        MartletError: the model can't be loaded, fused or traced, or its logits don't depend on the image.
     """
     import torch
 
     progress("load", 0, 0)
     model, fused = load(name, settings)
-    images = np.random.default_rng(settings.seed).standard_normal((FEW, 3, *model.preprocess.size), dtype=np.float32)
+    images = noise(model, settings)
     with torch.inference_mode():
-        expected = model.module(torch.from_numpy(images)).numpy()
+        expected = model.module(images).numpy()
+    largest = np.abs(expected).max()
+    between = float(np.abs(expected[0] - expected[1]).max() / largest)
+    if not between > LEAST_BETWEEN:
+        raise NumericsError(f"the logits of two images differ by {between:.1e}, so nothing can be told from them")
     traced = graph(fused)
     taken = {technique: takes(technique, model, traced) for technique in registry.entries()}
     found: dict[str, Any] = {
         "techniques": [technique for technique, takes_it in taken.items() if takes_it],
         "refused_by": [technique for technique, takes_it in taken.items() if not takes_it],
+        "between_images": between,
     }
     for engine in EXPORTED:
         progress(f"export for {engine}", 0, 0)
         try:
             files = lower(traced, engine, folder)
-            logits = engines.get(engine).open(folder / engine, batch=FEW, precision=settings.precision)(images)
+            logits = engines.get(engine).open(folder / engine, batch=FEW, precision=settings.precision)(images.numpy())
             found[engine] = {
-                "relative_error": float(np.abs(logits - expected).max() / np.abs(expected).max()),
+                "relative_error": float(np.abs(logits - expected).max() / largest),
                 "file_bytes": sum(file.stat().st_size for file in files),
             }
         except MartletError as error:
             found[engine] = {"error": str(error)}
     return found
+
+
+def noise(model: Model, settings: Settings) -> Tensor:
+    """A few images (FEW, 3, H, W) that differ as a whole: the mean of noise alone is the same for all."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    generator, size = torch.Generator().manual_seed(settings.seed), model.preprocess.size
+    coarse, fine = (torch.randn(FEW, 3, *its, generator=generator) for its in ((4, 4), size))
+    return interpolate(coarse, size, mode="bilinear") + fine / 2
 
 
 def graph(model: Model) -> Model:

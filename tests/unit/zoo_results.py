@@ -17,6 +17,7 @@ def record(name: str, params: int, macs: int, ms: float | None = None, **export:
         "export": {
             "techniques": ["fuse", "int8"],
             "refused_by": ["gptq", "svd", "wanda", "tome"],
+            "between_images": 0.5,
             "openvino": {"relative_error": 2e-6},
             "onnxruntime": {"relative_error": 3e-6},
         }
