@@ -80,8 +80,8 @@ def test_every_family_of_timms_is_there():
 def test_timms_architectures_run_as_the_zoos_own(name, tmp_path):
     size = (SIDES[name], SIDES[name])
     model = load_model(models.spec(name), num_classes=5, weights="random", preprocess={"size": size})
-    randomize_(model.module)
     x = images(size, 2)
+    randomize_(model.module, images=x)
     logits = model.module.eval()(x)
     (logits * torch.randn(logits.shape)).sum().backward()
     assert [key for key, value in model.module.named_parameters() if value.grad is None or not value.grad.any()] == []

@@ -62,6 +62,20 @@ def test_random_weights_reach_what_is_kept_of_them():
     assert (expected - plain).abs().max() > 0.1
 
 
+def test_random_weights_keep_the_signal_through_many_batch_norms():
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def between(settled):
+        module = timm.create_model("efficientnet_b0", num_classes=5).eval()
+        randomize_(module, images=images if settled else None)
+        with torch.no_grad():
+            logits = module(images)
+        return float((logits[0] - logits[1]).abs().max() / logits.abs().max())
+
+    assert between(settled=False) < 1e-4
+    assert between(settled=True) > 0.05
+
+
 @pytest.mark.parametrize("ask", [models.paper, models.stated, models.image_size, models.skeleton])
 def test_unknown_name_gives_the_nearest(ask):
     with pytest.raises(SourceError, match=r"no model 'digits_vit'; did you mean digit_vit\?"):
