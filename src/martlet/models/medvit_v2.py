@@ -19,8 +19,6 @@ __all__ = ["MedViTV2"]
 TINY = {
     "params": "10.7 M here and in the authors' code, which makes a further 1.0 M that it never uses",
     "macs": "the paper counts multiplications and additions, those of neighbourhood attention not at all",
-    "logits": "with random weights its Kolmogorov-Arnold layers make them as sensitive in PyTorch, where a change of "
-    "the image by one in a million moves them by eight in a thousand",
 }
 
 PAPER = Paper(
