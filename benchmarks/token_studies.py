@@ -4,6 +4,7 @@
     python benchmarks/token_studies.py features      # at 384 pixels: how close all tokens are given back
     python benchmarks/token_studies.py learned       # two models tuned after each, on CIFAR-10: an hour
     python benchmarks/token_studies.py compressed    # one LookupViT for several numbers of tokens, CIFAR-10: 20 minutes
+    python benchmarks/token_studies.py maps          # whether what is kept lies on a pasted object: some minutes
     python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
     python benchmarks/token_studies.py throughput    # of training that skips, and of packed images; a quiet machine
 
@@ -43,6 +44,7 @@ from martlet.measure.macs import macs
 from martlet.recipe_search.space import expected_drop_pct
 from martlet.source import load_model
 from token_counts import compressed
+from token_maps import maps
 from token_throughput import throughput
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
-PARTS = ("accuracy", "features", "learned", "compressed", "times", "throughput")
+PARTS = ("accuracy", "features", "learned", "compressed", "maps", "times", "throughput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = Settings(seconds=options.seconds)
     runs = {"accuracy": accuracy, "features": features, "learned": learned, "times": times, "throughput": throughput}
+    runs["maps"] = lambda assets, settings, known: maps(assets, settings.seed, known)
     runs["compressed"] = lambda assets, _settings, known: compressed(assets, known, Kept.beside(options.out))
     try:
         document = peers.open_document(options.out, settings, "token_studies", "entries")
@@ -428,6 +431,8 @@ def _text(case: Case) -> str:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
+    if "on_object_pct" in entry:
+        return f"{entry['name']}: {', '.join(f'{share:.0f} %' for share in entry['on_object_pct'])} on the object"
     if "macs" not in entry:
         return f"{entry['name']}: {entry['speedup']['median']:.2f} times as fast"
     share = f"{entry['macs'] / 1e9:.2f} of {entry['macs_float'] / 1e9:.2f} GMACs"

@@ -33,6 +33,12 @@ ABOUT = {
         "drawn anew in each step, then run with each. MACs are beside those of a ViT of the same width and depth; "
         "OpenVINO's logits are of 64 images.",
     ),
+    "maps": (
+        "Which patches are kept",
+        "Of `ia_red2`'s three reductions of ViT-Ti: the share of the patches kept that lie on a picture pasted into "
+        "another that is blurred, by attention alone (as policies begin) and after policies learned from such images "
+        "without labels. Kept by chance, as many would as the picture has of all.",
+    ),
     "times": (
         "Times",
         "How many times faster than the untouched model, both in float32, from one interleaved run on OpenVINO for "
@@ -113,6 +119,13 @@ def _compressed(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(("Tokens", "MACs of the ViT's", f"Top-1 % (n = {entries[0]['n']})", "Logits off in OpenVINO"), rows)
 
 
+def _maps(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [("by chance", *[f"{entries[0]['of_all_pct']:.1f}"] * len(entries[0]["kept"]))]
+    rows += [(e["name"], *(f"{share:.1f}" for share in e["on_object_pct"])) for e in entries]
+    kept = [f"{n} kept: % on it" for n in entries[0]["kept"]]
+    return table((f"Chosen by (n = {entries[0]['n']})", *kept), rows)
+
+
 def _times(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         (
@@ -151,6 +164,7 @@ TABLES = {
     "features": _features,
     "learned": _learned,
     "compressed": _compressed,
+    "maps": _maps,
     "times": _times,
     "throughput": _throughput,
 }
