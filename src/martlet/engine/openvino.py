@@ -86,6 +86,8 @@ class OpenVINO(Engine):
         try:
             model = core.read_model(path)
             model.reshape({i: [batch, *list(each.get_partial_shape())[1:]] for i, each in enumerate(model.inputs)})
+            if _as_many_tokens_as_heads(model):
+                config["SNIPPETS_MODE"] = "DISABLE"
             return OpenVINOSession(core, model, config)
         except RuntimeError as error:
             raise self.refuse(f"open {folder}", error) from error
@@ -234,6 +236,18 @@ def _restore_normal_floats_(model: ov.Model) -> None:
             if np.array_equal(values.data, np.array(table("nf4"), dtype=np.float32)):
                 weight = opset13.constant(ov.Tensor(codes.data, codes.shape, ov.Type.nf4), shared_memory=False)
                 node.output(0).replace(opset13.convert(weight, ov.Type.f32).output(0))
+
+
+def _as_many_tokens_as_heads(model: ov.Model) -> bool:
+    """Whether an attention has them.
+
+    OpenVINO (2026.4) fuses attention by patterns of transposed shapes, takes the one for the other where tokens are as
+    many as heads, and gives other logits. Without fused subgraphs they are right.
+    """
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "Softmax" and len(shape := op.get_output_shape(0)) == 4 and shape[1] in shape[2:]:
+            return True
+    return False
 
 
 def _products(model: ov.Model, batch: int) -> list[_Product]:

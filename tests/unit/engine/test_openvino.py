@@ -12,7 +12,9 @@ from martlet.core.model import Model
 from martlet.core.report import environment
 from martlet.engine.openvino import OpenVINO, OpenVINOSession, _executed, _Node, _Product
 from martlet.graph.sites import sites, source
+from martlet.models.random_weights import randomize_
 from martlet.nn.quantizers import ActivationQuantizer
+from martlet.source import load_model
 from martlet.techniques.quantize import int8 as int8_technique
 
 vnni = pytest.mark.skipif("vnni" not in environment()["cpu"], reason="no int8 dot products on this processor")
@@ -149,6 +151,27 @@ def test_opening_imports_no_torch(vit, lowered):
         [sys.executable, "-c", code, str(lowered(vit, "openvino"))], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "(1, 10)"
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_as_many_tokens_as_heads_give_the_right_logits(heads, tmp_path):
+    """Four of each: OpenVINO takes one transposition for another where it fuses them, and is a third off."""
+    kwargs = {"img_size": 32, "patch_size": 16, "embed_dim": 20 * heads, "depth": 1, "num_heads": heads}
+    model = load_model(
+        "timm:vit_tiny_patch16_224",
+        model_kwargs=kwargs | {"class_token": False, "global_pool": "avg"},
+        num_classes=10,
+        preprocess={"size": (32, 32)},
+    )
+    randomize_(model.module)
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.module(x).numpy()
+    OpenVINO().lower(model, tmp_path)
+    session = OpenVINO().open(tmp_path, batch=3)
+    assert np.abs(session(x.numpy()) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(expected[0] - expected[1]).max() > 0.01 * np.abs(expected).max()
+    assert ("SNIPPETS_MODE" in session._config) == (heads == 4)
 
 
 def test_version_is_a_version():
