@@ -5,6 +5,7 @@
     python benchmarks/token_studies.py learned       # two models tuned after each, on CIFAR-10: an hour
     python benchmarks/token_studies.py compressed    # one LookupViT for several numbers of tokens, CIFAR-10: 20 minutes
     python benchmarks/token_studies.py maps          # whether what is kept lies on a pasted object: some minutes
+    python benchmarks/token_studies.py windows       # of a Swin, by searched ratios and by one: some minutes
     python benchmarks/token_studies.py times         # against the untouched model, interleaved; a quiet machine
     python benchmarks/token_studies.py throughput    # of training that skips, and of packed images; a quiet machine
 
@@ -46,6 +47,7 @@ from martlet.source import load_model
 from token_counts import compressed
 from token_maps import maps
 from token_throughput import throughput
+from token_windows import windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
-PARTS = ("accuracy", "features", "learned", "compressed", "maps", "times", "throughput")
+PARTS = ("accuracy", "features", "learned", "compressed", "maps", "windows", "times", "throughput")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(seconds=options.seconds)
     runs = {"accuracy": accuracy, "features": features, "learned": learned, "times": times, "throughput": throughput}
     runs["maps"] = lambda assets, settings, known: maps(assets, settings.seed, known)
+    runs["windows"] = lambda assets, settings, known: windows(assets, settings.seed, known)
     runs["compressed"] = lambda assets, _settings, known: compressed(assets, known, Kept.beside(options.out))
     try:
         document = peers.open_document(options.out, settings, "token_studies", "entries")

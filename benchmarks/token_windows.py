@@ -1,0 +1,65 @@
+"""Whether searched ratios of windows lose less than one ratio: `benchmarks/token_studies.py windows`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cifar
+from martlet.cli.terminal import working
+from martlet.core import pipeline
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context
+from martlet.data import open_images
+from martlet.measure.fidelity import fidelity
+from martlet.measure.macs import macs
+from martlet.techniques.tokens.sparsevit import SparseViT, search_ratios
+
+SIDE = 64
+"""Pixels, twice those that the Swin was trained at: it has 16 windows in its first stage, and 4 in its second."""
+SEARCH, TEST = 128, 2000
+BUDGETS = (0.8, 0.65, 0.5)
+"""Shares of the MACs of all blocks."""
+
+
+def windows(assets: Path, seed: int, known: set[str]) -> Iterator[dict[str, Any]]:
+    """The Swin of `benchmarks/cifar.py` under budgets, by searched ratios and by one ratio in all blocks."""
+    small = cifar.SMALL["swin"]
+    model = replace(small, size=SIDE, kwargs={**small.kwargs, "img_size": SIDE}).load(cifar.KEPT / "swin.safetensors")
+    pool, data = {}, assets / "data" / "cifar10"
+    for part, n in (("train", SEARCH), ("test", TEST)):
+        pool[part] = cifar.read(open_images(data / f"{part}.parquet", limit=n, seed=seed), model)
+    (images, _), (x, labels) = pool["train"], pool["test"]
+
+    def logits(its: Any) -> np.ndarray:
+        with torch.inference_mode():
+            return torch.cat([its.module(part) for part in x.split(250)]).numpy()
+
+    reference = logits(model)
+    for budget in BUDGETS:
+        if f"{budget:.0%}, searched" in known:
+            continue
+        with working(f"{budget:.0%}"):
+            found = search_ratios(model, [images], budget, population=24, parents=8, generations=6, seed=seed)
+        for how, ratio in (("one ratio", found.uniform_ratio), ("searched", found.ratio)):
+            recipe = Recipe((SparseViT(ratio=ratio),))
+            fewer = pipeline.run(model, recipe, Context())
+            its = logits(fewer)
+            yield {
+                "name": f"{budget:.0%}, {how}",
+                "model": f"{model.name} at {SIDE} pixels",
+                "weights": model.origin["weights"],
+                "recipe": recipe.to_yaml(),
+                "images": f"CIFAR-10, {SEARCH} training images to search on, {TEST:,} to test",
+                "n": TEST,
+                "macs": macs(fewer),
+                "macs_float": macs(model),
+                "top1_float_pct": 100 * float((reference.argmax(1) == labels.numpy()).mean()),
+                "top1_pct": 100 * float((its.argmax(1) == labels.numpy()).mean()),
+                "kl_mean": fidelity(reference, its)["kl_mean"],
+            }
