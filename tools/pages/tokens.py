@@ -42,7 +42,8 @@ ABOUT = {
     "windows": (
         "Which windows are computed",
         "`sparsevit` on a small Swin with 16 and 4 windows in its blocks, trained on CIFAR-10 at half the size: under "
-        "budgets of the blocks' MACs, one ratio in all blocks, and ratios searched on 128 images. Nothing was trained for it.",
+        "budgets of the blocks' MACs, one ratio in all blocks, and ratios searched on 128 images. Nothing was trained "
+        "for it.",
     ),
     "times": (
         "Times",
