@@ -145,6 +145,7 @@ def test_exits_are_trained_once_and_get_their_thresholds_from_images_of_their_ow
         assert (thresholds.record["images"], thresholds.record["labels"]) == (64, True)
 
 
+@pytest.mark.slow
 def test_what_a_searched_model_with_exits_gains_by_its_thresholds(tmp_path) -> None:
     """From an artifact with exits: thresholds are drawn, and `explain` leaves out both, or thresholds alone."""
     with store.writing(tmp_path / "early", overwrite=False) as folder:
