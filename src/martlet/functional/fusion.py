@@ -44,6 +44,7 @@ class Fusion:
 
     joins1, stays1: (B, r1), (B, P - r1), places in the first list; to2: (B, r1), where in the second they go.
     joins2, stays2: likewise of the second; to1: (B, r2), where among the `stays1` they go, what they got included.
+    joins1 and stays2 may be none, and are left out then: engines have no selection of none.
     """
 
     prefix: list[int]
@@ -59,21 +60,25 @@ class Fusion:
     def total(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
         """The sums over what is fused."""
         one, two = pick(x, self.first), pick(x, self.second)
-        two = two.scatter_add(1, _wide(self.to2, x), one.gather(1, _wide(self.joins1, x)))
+        if self.joins1.shape[1]:
+            two = two.scatter_add(1, _wide(self.to2, x), one.gather(1, _wide(self.joins1, x)))
         one = one.gather(1, _wide(self.stays1, x))
         one = one.scatter_add(1, _wide(self.to1, x), two.gather(1, _wide(self.joins2, x)))
-        return torch.cat([pick(x, self.prefix), one, two.gather(1, _wide(self.stays2, x))], 1)
+        left = [two.gather(1, _wide(self.stays2, x))] if self.stays2.shape[1] else []
+        return torch.cat([pick(x, self.prefix), one, *left], 1)
 
     def spread(self, y: Float[Tensor, "b m c"]) -> Float[Tensor, "b n c"]:
         """Gives every token, in its old place, the value of what it became."""
         begin, end = len(self.prefix), len(self.prefix) + self.stays1.shape[1]
         one_left, two_left = y[:, begin:end], y[:, end:]
         two = y.new_zeros(y.shape[0], len(self.second), y.shape[2])
-        two = two.scatter(1, _wide(self.stays2, y), two_left)
+        if self.stays2.shape[1]:
+            two = two.scatter(1, _wide(self.stays2, y), two_left)
         two = two.scatter(1, _wide(self.joins2, y), one_left.gather(1, _wide(self.to1, y)))
         one = y.new_zeros(y.shape[0], len(self.first), y.shape[2])
         one = one.scatter(1, _wide(self.stays1, y), one_left)
-        one = one.scatter(1, _wide(self.joins1, y), two.gather(1, _wide(self.to2, y)))
+        if self.joins1.shape[1]:
+            one = one.scatter(1, _wide(self.joins1, y), two.gather(1, _wide(self.to2, y)))
         order = [*self.prefix, *self.first, *self.second]
         places = sorted(range(len(order)), key=order.__getitem__)
         return pick(torch.cat([y[:, :begin], one, two], 1), places)

@@ -82,11 +82,12 @@ def test_engines_and_reloading_agree(engine_name: str, technique: Technique, tmp
     assert torch.allclose(expected, untouched, rtol=1e-3, atol=1e-3) == same
 
 
-def test_every_source_may_join_and_none_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("technique", [ToMe(r={0: 12}), MCTF(r={0: 12, 1: 6, 2: 3, 3: 2, 4: 1})])
+def test_every_source_may_join_and_none_stay(technique: Technique, tmp_path: Path) -> None:
     """Engines refuse to select nothing."""
     engine = engines.get("openvino")
-    model = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY | {"depth": 2}, num_classes=10, seed=3)
-    done = pipeline.run(model, Recipe((ToMe(r={0: 12}),)), Context())
+    model = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY | {"depth": 6}, num_classes=10, seed=3)
+    done = pipeline.run(model, Recipe((technique,)), Context())
     store.write_model(tmp_path, done, engine)
     x = torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
