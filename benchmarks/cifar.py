@@ -44,6 +44,11 @@ CLASSES = 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
+def preprocess(side: int) -> dict[str, Any]:
+    """Of the images of CIFAR-10, for a model that takes so many pixels down and across."""
+    return {"size": (side, side), "resize": side, "mean": MEAN, "std": STD}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Small:
     """A model cut down to what CIFAR-10 needs. size: side of the images it takes, in pixels."""
@@ -55,13 +60,12 @@ class Small:
 
     def load(self, weights: str | Path, seed: int = 0) -> Model:
         """The model, random or from a file."""
-        preprocess = {"size": (self.size, self.size), "resize": self.size, "mean": MEAN, "std": STD}
         return load_model(
             self.model,
             weights=weights,
             num_classes=CLASSES,
             model_kwargs=self.kwargs,
-            preprocess=preprocess,
+            preprocess=preprocess(self.size),
             seed=seed,
         )
 
@@ -147,8 +151,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
     )
     trained = artifact.model()
     tested, truth = read(open_images(data / "test.parquet"), trained)
-    with torch.inference_mode():
-        logits = torch.cat([trained.module(x) for x in tested.split(250)])
+    found = logits(trained, tested)
     weights = folder / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in trained.module.state_dict().items()}, f"{weights}.part")
     os.replace(f"{weights}.part", weights)
@@ -160,7 +163,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
         "data": f"CIFAR-10, 50,000 images to train, {len(truth):,} to test",
         "recipe": recipe.to_yaml(),
         "seed": seed,
-        "top1": 100 * float((logits.argmax(1) == truth).float().mean()),
+        "top1": 100 * float((found.argmax(1) == truth).float().mean()),
         "seconds": told["passes"][0]["seconds"],
         "environment": report.environment(peers.PACKAGES),
     }
@@ -174,6 +177,14 @@ def read(images: Images, model: Model) -> tuple[Tensor, Tensor]:
 
     samples = [(model.preprocess(sample.image), sample.label) for sample in images]
     return torch.from_numpy(np.stack([x for x, _ in samples])), torch.tensor([label for _, label in samples])
+
+
+def logits(model: Model, x: Tensor) -> Tensor:
+    """(N, K) of images (N, 3, S, S), some at a time."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([model.module(part) for part in x.split(250)])
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ from martlet.measure.fidelity import fidelity
 from martlet.measure.macs import macs
 from martlet.recipe_search.space import expected_drop_pct
 from martlet.source import load_model
-from token_counts import compressed
-from token_maps import maps
-from token_throughput import throughput
-from token_windows import windows
+from token_parts import Some
+from token_parts.counts import compressed
+from token_parts.maps import maps
+from token_parts.throughput import throughput
+from token_parts.windows import windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,10 +258,13 @@ def small_host(assets: Path, settings: Settings, progress: Progress) -> Host:
     from martlet.data.examples import Examples
 
     kwargs = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
-    preprocess = {"size": (32, 32), "resize": 32, "mean": cifar.MEAN, "std": cifar.STD}
     weights = assets / "weights" / SMALL
     model = load_model(
-        "timm:vit_tiny_patch16_224", weights=weights, num_classes=10, model_kwargs=kwargs, preprocess=preprocess
+        "timm:vit_tiny_patch16_224",
+        weights=weights,
+        num_classes=10,
+        model_kwargs=kwargs,
+        preprocess=cifar.preprocess(32),
     )
     train, test = (open_images(assets / "data" / "cifar10" / f"{part}.parquet") for part in ("train", "test"))
     x, labels = cifar.read(test, model)
@@ -380,22 +384,6 @@ def _technique(case: Case) -> Any:
 
 def _applied(model: Model, case: Case, images: np.ndarray | None = None) -> Model:
     return pipeline.run(model, Recipe((_technique(case),)), Context(images=images if images is None else Some(images)))
-
-
-@dataclass(frozen=True)
-class Some:
-    """A few images as calibration batches."""
-
-    images: np.ndarray
-
-    @property
-    def num_images(self) -> int:
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        import torch
-
-        yield torch.from_numpy(self.images)
 
 
 def _test_images(assets: Path, model: Model, settings: Settings, n: int | None = None) -> tuple[Tensor, np.ndarray]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from cifar import ASSETS, CLASSES, MEAN, STD
+from cifar import ASSETS, CLASSES, MEAN, STD, preprocess
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
@@ -183,7 +183,7 @@ def small(assets: Path | None, seed: int = 0) -> Model:
         seed=seed,
         model_kwargs=KWARGS,
         num_classes=CLASSES,
-        preprocess={"size": (32, 32), "resize": 32, "mean": MEAN, "std": STD},
+        preprocess=preprocess(32),
     )
 
 

@@ -249,7 +249,7 @@ def lower(traced: Model, engine: str, folder: Path) -> list[Path]:
     partial.mkdir(parents=True)
     written = folder / "onnxruntime" / f"{WHOLE}.onnx"
     if engine == "openvino" and written.is_file():
-        names = OpenVINO().convert(written, partial)
+        names = OpenVINO().convert(written, partial, traced.name)
     else:
         names = engines.get(engine).lower(traced, partial)
     partial.rename(place)

@@ -104,7 +104,7 @@ def test_a_share_of_nothing_is_the_whole_model():
     fewer = reduced(model, ToMe(r=SCHEDULE))
     objective = TokenConsistency().objective(fewer, Context(seed=SEED))
     whole = installed(view(fewer.module).blocks)
-    install_(objective.partly(fewer.module, whole, 0.01))
+    install_(objective.partly(view(fewer.module), whole, 0.01))
     torch.testing.assert_close(fewer.module(batch(0).images), reduced(model).module(batch(0).images))
 
 

@@ -56,10 +56,10 @@ class OpenVINO(Engine):
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
             write_onnx(piece, path)
-            return self.convert(path, folder, stem)
+            return self.convert(path, folder, piece.model.name, stem)
 
-    def convert(self, path: Path, folder: Path, stem: str = WHOLE) -> list[str]:
-        """Writes the engine's files for one that `engine.onnx` wrote. Returns their names.
+    def convert(self, path: Path, folder: Path, name: str, stem: str = WHOLE) -> list[str]:
+        """Writes the engine's files for the one of a model of this name that `engine.onnx` wrote. Returns their names.
 
         Raises:
             EngineError: the engine refuses it.
@@ -70,7 +70,7 @@ class OpenVINO(Engine):
             _restore_normal_floats_(read)
             ov.save_model(read, folder / f"{stem}.xml", compress_to_fp16=False)
         except RuntimeError as error:
-            raise self.refuse(f"read {path}", error) from error
+            raise self.refuse(f"read {name}", error) from error
         return [f"{stem}.xml", f"{stem}.bin"]
 
     def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> OpenVINOSession:
@@ -244,10 +244,8 @@ def _as_many_tokens_as_heads(model: ov.Model) -> bool:
     OpenVINO (2026.4) fuses attention by patterns of transposed shapes, takes the one for the other where tokens are as
     many as heads, and gives other logits. Without fused subgraphs they are right.
     """
-    for op in model.get_ordered_ops():
-        if op.get_type_name() == "Softmax" and len(shape := op.get_output_shape(0)) == 4 and shape[1] in shape[2:]:
-            return True
-    return False
+    shapes = (op.get_output_shape(0) for op in model.get_ordered_ops() if op.get_type_name() == "Softmax")
+    return any(len(shape) == 4 and shape[1] in shape[2:] for shape in shapes)
 
 
 def _products(model: ov.Model, batch: int) -> list[_Product]:

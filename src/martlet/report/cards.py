@@ -147,7 +147,7 @@ def _reasons(paper: Paper, names: Sequence[str]) -> list[str]:
     for name in names:
         for quantity, reason in paper.models[name].differs.items():
             of.setdefault((quantity, reason), []).append(f"`{name}`")
-    words = {"params": "Parameters", "macs": "MACs", "logits": "Logits after export"}
+    words = {"params": "Parameters", "macs": "MACs"}
     return [f"\n{words[quantity]} of {', '.join(its)}: {reason}." for (quantity, reason), its in of.items()]
 
 

@@ -21,8 +21,7 @@ class Stated:
     counts_attention: False if the paper's counter can't see the products of two activations.
     image_size: the side of the images that the row is of, if it isn't the model's own.
     fused: True if the row is of the model for inference, its training-time branches and batch norms merged.
-    differs: what our count doesn't agree with, and why; a reason for each of `params` and `macs` that it names; and for
-        `logits`, if those of an exported model aren't equal.
+    differs: what our count doesn't agree with, and why; a reason for each of `params` and `macs` that it names.
     """
 
     params: str | None

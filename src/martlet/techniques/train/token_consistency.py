@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,7 +17,7 @@ from martlet.training.objective import Batch, CrossEntropy, Objective
 from martlet.training.technique import Training
 from martlet.training.tuning import classifiers
 from martlet.vit.tokens import Reading, TokenReduction, TokenRun, install_, installed
-from martlet.vit.view import view
+from martlet.vit.view import VitView, view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +87,30 @@ class Consistency(CrossEntropy):
 
     def loss(self, student: nn.Module, batch: Batch) -> Tensor:
         share = float(np.random.default_rng((self.seed, batch.step)).random())
-        whole = installed(view(student).blocks)
+        vit = view(student)
+        whole = installed(vit.blocks)
         assert whole is not None
+        (layer, *_) = classifiers(student, self.num_classes, "token_consistency").values()
+        read: list[Tensor] = []  # what the classifier is given (B, C), with more tokens and with fewer
+        handle = layer.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
         try:
-            install_(self.partly(student, whole, share))
-            with self.read(student) as more:
-                total = self.error(student(batch.images), batch)
+            install_(self.partly(vit, whole, share))
+            total = self.error(student(batch.images), batch)
+            install_(whole)
+            total = total + self.error(student(batch.images), batch)
         finally:
             install_(whole)
-        with self.read(student) as fewer:
-            total = total + self.error(student(batch.images), batch)
-        return total + self.weight * functional.mse_loss(fewer[0], more[0].detach())
+            handle.remove()
+        more, fewer = read
+        return total + self.weight * functional.mse_loss(fewer, more.detach())
 
-    def partly(self, student: nn.Module, whole: TokenRun, share: float) -> TokenRun:
+    def partly(self, vit: VitView, whole: TokenRun, share: float) -> TokenRun:
         """The same blocks, that remove a share of the tokens, rounded down."""
         assert isinstance(self.technique, TokenReduction)
         schedule = {block: n for block, r in self.record["removed"] if (n := int(share * r)) > 0}
         if not schedule:
             return replace(whole, decide={}, ahead={}, pool={}, back=frozenset())
-        found = view(student)
-        run = self.technique.run(found, Reading(self.record["num_tokens"], self.record["num_read"]), schedule)
+        run = self.technique.run(vit, Reading(self.record["num_tokens"], self.record["num_read"]), schedule)
         later = len(whole.blocks) - len(run.blocks)  # its first block may be one of the later ones
         return replace(
             whole,
@@ -117,14 +119,3 @@ class Consistency(CrossEntropy):
             pool={block + later: each for block, each in run.pool.items()},
             back=frozenset(block + later for block in run.back),
         )
-
-    @contextmanager
-    def read(self, student: nn.Module) -> Iterator[list[Tensor]]:
-        """What the classifier is given (B, C) while this lasts."""
-        seen: list[Tensor] = []
-        (layer, *_) = classifiers(student, self.num_classes, "token_consistency").values()
-        handle = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        try:
-            yield seen
-        finally:
-            handle.remove()

@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 import cifar
 from martlet.cli.terminal import working
 from martlet.core import pipeline
@@ -35,30 +32,28 @@ def windows(assets: Path, seed: int, known: set[str]) -> Iterator[dict[str, Any]
     for part, n in (("train", SEARCH), ("test", TEST)):
         pool[part] = cifar.read(open_images(data / f"{part}.parquet", limit=n, seed=seed), model)
     (images, _), (x, labels) = pool["train"], pool["test"]
-
-    def logits(its: Any) -> np.ndarray:
-        with torch.inference_mode():
-            return torch.cat([its.module(part) for part in x.split(250)]).numpy()
-
-    reference = logits(model)
+    reference, macs_float = cifar.logits(model, x).numpy(), macs(model)
     for budget in BUDGETS:
-        if f"{budget:.0%}, searched" in known:
+        names = f"{budget:.0%}, one ratio", f"{budget:.0%}, searched"
+        if known.issuperset(names):
             continue
         with working(f"{budget:.0%}"):
             found = search_ratios(model, [images], budget, population=24, parents=8, generations=6, seed=seed)
-        for how, ratio in (("one ratio", found.uniform_ratio), ("searched", found.ratio)):
+        for name, ratio in zip(names, (found.uniform_ratio, found.ratio), strict=True):
+            if name in known:
+                continue
             recipe = Recipe((SparseViT(ratio=ratio),))
             fewer = pipeline.run(model, recipe, Context())
-            its = logits(fewer)
+            its = cifar.logits(fewer, x).numpy()
             yield {
-                "name": f"{budget:.0%}, {how}",
+                "name": name,
                 "model": f"{model.name} at {SIDE} pixels",
                 "weights": model.origin["weights"],
                 "recipe": recipe.to_yaml(),
                 "images": f"CIFAR-10, {SEARCH} training images to search on, {TEST:,} to test",
                 "n": TEST,
                 "macs": macs(fewer),
-                "macs_float": macs(model),
+                "macs_float": macs_float,
                 "top1_float_pct": 100 * float((reference.argmax(1) == labels.numpy()).mean()),
                 "top1_pct": 100 * float((its.argmax(1) == labels.numpy()).mean()),
                 "kl_mean": fidelity(reference, its)["kl_mean"],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import cifar
@@ -66,10 +65,9 @@ def compressed(assets: Path, known: set[str], kept: Kept) -> Iterator[dict[str, 
     names = {side: f"{side} × {side} compressed tokens" for side in SIDES}
     if known >= set(names.values()):
         return
-    preprocess = {"size": (32, 32), "resize": 32, "mean": cifar.MEAN, "std": cifar.STD}
-    options: dict[str, Any] = {"weights": "random", "num_classes": cifar.CLASSES, "preprocess": preprocess}
+    options: dict[str, Any] = {"weights": "random", "num_classes": cifar.CLASSES, "preprocess": cifar.preprocess(32)}
     untrained = load_model("martlet:lookup_vit_small_patch16_224", model_kwargs=DIMS, **options)
-    plain = load_model("timm:vit_tiny_patch16_224", model_kwargs=DIMS, **options)
+    macs_float = macs(load_model("timm:vit_tiny_patch16_224", model_kwargs=DIMS, **options))
     train, test = (open_images(assets / "data" / "cifar10" / f"{part}.parquet") for part in ("train", "test"))
     examples = Examples.read(train, untrained.preprocess, untrained.num_classes)
     x, labels = cifar.read(test, untrained)
@@ -79,8 +77,7 @@ def compressed(assets: Path, known: set[str], kept: Kept) -> Iterator[dict[str, 
         if name in known:
             continue
         model.module.compressed = side  # type: ignore[assignment]
-        with torch.inference_mode():
-            logits = torch.cat([model.module(part) for part in x.split(250)])
+        logits = cifar.logits(model, x)
         yield {
             "name": name,
             "model": f"lookup_vit {DIMS}",
@@ -88,7 +85,7 @@ def compressed(assets: Path, known: set[str], kept: Kept) -> Iterator[dict[str, 
             "images": "CIFAR-10, all 50,000 to train on from random weights, all 10,000 to test",
             "n": len(labels),
             "macs": macs(model),
-            "macs_float": macs(plain),
+            "macs_float": macs_float,
             "top1_pct": 100 * float((logits.argmax(1) == labels).float().mean()),
             "relative_error": _off(model, x[:64], logits[:64]),
         }
