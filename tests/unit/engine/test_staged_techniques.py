@@ -1,6 +1,7 @@
 """What makes exits, alone and with int8 behind it, in stages on OpenVINO: answers and exits are those of the graph."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,13 @@ def between(confidence: Tensor) -> float:
     ("name", "rounded"),
     [
         ("mue", True),
-        ("eco_m2f", True),
-        *(pytest.param(name, rounded, marks=pytest.mark.slow)
-          for name, rounded in (("mue", False), ("eco_m2f", False), ("dyn_perceiver", False), ("dyn_perceiver", True))),
+        *(
+            pytest.param(name, rounded, marks=pytest.mark.slow)
+            for name, rounded in product(EXITS, (False, True))
+            if (name, rounded) != ("mue", True)
+        ),
     ],
-)  # fmt: skip
+)
 def test_answers_and_exits_are_those_of_the_graph(name: str, rounded: bool, tmp_path: Path) -> None:
     engine = engines.get("openvino")
     source = load_model("timm:vit_tiny_patch16_224", model_kwargs=TINY, num_classes=10, seed=3)
