@@ -334,17 +334,27 @@ def open_document(
         raise ArtifactError(f"{path} can't be read: {first_line(error)}") from None
     if not isinstance(document, dict) or any(document.get(k) != fresh[k] for k in ("martlet_results", "benchmark")):
         raise ArtifactError(f"{path} holds no results of this benchmark; give another --out")
-    if timed:  # what is installed here alone took no part so far, and what was there alone takes none
-        versions, here = (each["environment"]["versions"] for each in (document, fresh))
-        fresh["environment"]["versions"] = versions | here
-        document["environment"]["versions"] = here | versions
     for part in ("settings", "environment"):
-        for key, value in fresh.get(part, {}).items():
-            if document.get(part, {}).get(key) != value:
-                raise UsageError(
-                    f"{path} was measured with {key} {document[part].get(key)}, and this is {value}; give another --out"
-                )
+        if part in fresh and (differs := difference(document.get(part, {}), fresh[part])):
+            raise UsageError(f"{path} was measured with {differs}; give another --out")
+    if timed:
+        document["environment"]["versions"] = fresh["environment"]["versions"] | document["environment"]["versions"]
     return document
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first entry in which settings or environments differ, in words; None if none does.
+
+    Packages whose version only one of them tells don't count: what is installed there alone took no part.
+    """
+    for key, value in now.items():
+        was = before.get(key)
+        if key == "versions" and was is not None:
+            other = [name for name in value if name in was and was[name] != value[name]]
+            was, value = ({name: its[name] for name in other} for its in (was, value))
+        if was != value:
+            return f"{key} {was}, and this is {value}"
+    return None
 
 
 def commit() -> str | None:

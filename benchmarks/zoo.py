@@ -104,14 +104,16 @@ def open_document(options: argparse.Namespace, settings: Settings) -> dict[str, 
     if "latency" not in options.parts:
         return document
     here, timed = report.environment(peers.PACKAGES), [record for record in document["models"] if "latency" in record]
-    if timed and document.get("environment") != here:
+    if timed and (differs := peers.difference(document["environment"], here)):
         if not options.again:
             raise UsageError(
-                f"{options.out} has times of another machine or of other versions; give another --out, or --again to "
-                "drop these and keep the rest"
+                f"{options.out} has times that were measured with {differs}; give another --out, or --again to drop "
+                "these and keep the rest"
             )
         for record in timed:
             del record["latency"]
+    elif timed:
+        here["versions"] |= document["environment"]["versions"]
     return document | {"environment": here}
 
 

@@ -133,7 +133,7 @@ def test_results_of_other_settings_or_another_machine_are_not_mixed(peers: Modul
     assert both["torch"] == torch
     assert both["gone"] == "1"
     peers.write(path, document | {"environment": document["environment"] | {"versions": versions | {"torch": "1"}}})
-    with pytest.raises(UsageError, match="versions"):
+    with pytest.raises(UsageError, match=r"versions \{'torch': '1'\}, and this is \{'torch': "):
         peers.open_document(path, settings)
     document["environment"]["cpu"] = "another"
     peers.write(path, document)
