@@ -202,8 +202,9 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     between = float(np.abs(expected[0] - expected[1]).max() / largest)
     if not between > LEAST_BETWEEN:
         raise NumericsError(f"the logits of two images differ by {between:.1e}, so nothing can be told from them")
-    traced = graph(fused)
-    taken = {technique: takes(technique, model, traced) for technique in registry.entries()}
+    pipeline.enter_(fused, Stage.GRAPH)
+    taken = {technique: takes(technique, model, fused) for technique in registry.entries()}
+    del model  # the largest take gigabytes, and what is written is in memory too
     found: dict[str, Any] = {
         "techniques": [technique for technique, takes_it in taken.items() if takes_it],
         "refused_by": [technique for technique, takes_it in taken.items() if not takes_it],
@@ -212,7 +213,7 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     for engine in EXPORTED:
         progress(f"export for {engine}", 0, 0)
         try:
-            files = lower(traced, engine, folder)
+            files = lower(fused, engine, folder)
             logits = engines.get(engine).open(folder / engine, batch=FEW, precision=settings.precision)(images.numpy())
             found[engine] = {
                 "relative_error": float(np.abs(logits - expected).max() / largest),
@@ -231,13 +232,6 @@ def noise(model: Model, settings: Settings) -> Tensor:
     generator, size = torch.Generator().manual_seed(settings.seed), model.preprocess.size
     coarse, fine = (torch.randn(FEW, 3, *its, generator=generator) for its in ((4, 4), size))
     return interpolate(coarse, size, mode="bilinear") + fine / 2
-
-
-def graph(model: Model) -> Model:
-    """A traced copy."""
-    traced = model.copy()
-    pipeline.enter_(traced, Stage.GRAPH)
-    return traced
 
 
 def lower(traced: Model, engine: str, folder: Path) -> list[Path]:
@@ -274,7 +268,8 @@ def latency(
     progress("load", 0, 0)
     _, fused = load(name, settings)
     if missing := [engine for engine in files if not (options.work / name / engine).is_dir()]:
-        traced = graph(fused)
+        traced = fused.copy()
+        pipeline.enter_(traced, Stage.GRAPH)
         for engine in missing:
             progress(f"export for {engine}", 0, 0)
             lower(traced, engine, options.work / name)

@@ -67,7 +67,16 @@ class Model:
     precision: str = "f32"
 
     def copy(self) -> Model:
-        """A deep copy of the module; everything else is immutable or copied."""
+        """A deep copy of the module; everything else is immutable or copied.
+
+        What modules keep of what follows from their weights, they forget: such tensors may hang on a gradient, and
+        can't be copied then, and the copy's weights may change. A graph keeps nothing.
+        """
+        if self.stage is Stage.MODULE:
+            modes = [(part, part.training) for part in self.module.modules()]
+            self.module.train()  # which empties the caches of LeViT and EfficientViT
+            for part, training in modes:
+                part.training = training
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
         twin.steps = list(self.steps)

@@ -27,15 +27,18 @@ if TYPE_CHECKING:
 
 OPSET = 21
 """The first in which QuantizeLinear takes everything that is needed here, and that all engines read."""
+LARGEST = 2_000_000_000
+"""Bytes of weights in one file with the graph: protobuf writes none of over 2 GiB. More are in a file beside it."""
 
 
-def to_onnx(model: Model, path: Path) -> None:
+def to_onnx(model: Model, path: Path) -> list[str]:
     """Writes a whole model, from `images` (batch, 3, H, W) to `logits` (batch, K), as `write_onnx` does."""
-    write_onnx(whole(model), path)
+    return write_onnx(whole(model), path)
 
 
-def write_onnx(piece: Piece, path: Path) -> None:
-    """Writes one file, weights included, for any batch.
+def write_onnx(piece: Piece, path: Path) -> list[str]:
+    """Writes one file for any batch, weights included; those of more than LARGEST bytes are in another, `NAME.data`.
+    Returns the names.
 
     Nodes are named after the layer that they come from: `blocks.0.attn.qkv/MatMul`, `blocks.0.attn.scores/MatMul`.
 
@@ -81,12 +84,12 @@ def write_onnx(piece: Piece, path: Path) -> None:
     _narrow_(proto.graph)
     _transpose_groups_(proto.graph)
     _drop_zero_points_(proto.graph)
-    try:
+    if sum(len(weight.raw_data) for weight in proto.graph.initializer) <= LARGEST:
         onnx.save(proto, path)
-    except ValueError as error:  # protobuf's limit
-        raise EngineError(
-            f"{model.name} can't be written as one ONNX file of at most 2 GB: {first_line(error)}"
-        ) from error
+        return [path.name]
+    beside = f"{path.name}.data"
+    onnx.save(proto, path, save_as_external_data=True, location=beside)
+    return [path.name, beside]
 
 
 def _prepared(module: GraphModule) -> GraphModule:

@@ -38,8 +38,7 @@ class ONNXRuntime(Engine):
     def write(self, piece: Piece, folder: Path, stem: str) -> list[str]:
         from martlet.engine.onnx import write_onnx
 
-        write_onnx(piece, folder / f"{stem}.onnx")
-        return [f"{stem}.onnx"]
+        return write_onnx(piece, folder / f"{stem}.onnx")
 
     def read(self, folder: Path, stem: str, batch: int, precision: str, threads: int) -> ONNXRuntimeSession:
         _onnxruntime()

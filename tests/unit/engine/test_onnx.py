@@ -4,7 +4,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from martlet.core.errors import EngineError
+from martlet import engine
+from martlet.core import store
+from martlet.core.errors import EngineError, MartletError
 from martlet.core.model import Model
 from martlet.data.preprocess import Preprocess
 from martlet.engine.onnx import to_onnx
@@ -79,3 +81,23 @@ def test_what_onnx_lacks_is_one_line(tmp_path):
         to_onnx(model, tmp_path / "model.onnx")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_protobuf_have_a_file_beside_it(vit, tmp_path, monkeypatch):
+    monkeypatch.setattr("martlet.engine.onnx.LARGEST", 1000)
+    images = torch.randn(2, 3, *vit.preprocess.size)
+    with torch.no_grad():
+        expected = vit.module(images)
+    for name, files in (("onnxruntime", {"model.onnx", "model.onnx.data"}), ("openvino", {"model.xml", "model.bin"})):
+        with store.writing(tmp_path / name) as folder:
+            store.seal(folder, vit, name, store.write_model(folder, vit, engine.get(name)))
+        moved = (tmp_path / name).rename(tmp_path / f"moved {name}")
+        artifact = store.load(moved)
+        assert files <= {path.name for path in moved.iterdir()}
+        assert files <= {*artifact.manifest["engine_files"]}
+        assert torch.allclose(torch.from_numpy(artifact.open(batch=2)(images.numpy())), expected, atol=1e-4), name
+    text, weights = (tmp_path / "moved onnxruntime" / name for name in ("model.onnx", "model.onnx.data"))
+    assert text.stat().st_size < 0.5 * weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(MartletError, match=r"model\.onnx\.data is not what was written"):
+        store.load(tmp_path / "moved onnxruntime").open()
