@@ -37,6 +37,9 @@ TIMED = 32
 """Images that are timed, where it depends on the image what it costs."""
 DESCRIBED = 0.05
 """Share of a file by which it may be larger: more operations take more words to describe, and are no weights."""
+EQUAL = 0.01
+"""Of the largest logit: where nothing is rounded, another order of additions changes far less, and a kernel that
+computes something else changes more."""
 ROUNDING = 1e-9
 """Points. A drop of 5 in 500 images is 1 point, and a float may say a little more."""
 
@@ -94,6 +97,7 @@ class Duel:
         with clock("accuracy"):
             pair = {which: self.open(which, BATCH) for which in self._each("compile")}
             result = accuracy.logits(pair, test, preprocess, self.progress)
+            errors_of_engine = {which: self._logit_error(which, test, result) for which in self._each("run in PyTorch")}
         staged = pair["artifact"] if result.exits else None
         with clock("latency"):
             plain = [p for p in self.engine.alternatives() if p != self.source.precision]
@@ -132,6 +136,8 @@ class Duel:
                 which: self._side(which, result, latency.summary(times[which]), throughputs[which], covered[which])
                 for which in self._each("measure memory")
             }
+            for which, side in sides.items():
+                side["logit_error"] = errors_of_engine[which]
         simulated = self.engine.simulates(self.compressed)
         document: Document = {
             "martlet_report": report.VERSION,
@@ -216,6 +222,7 @@ class Duel:
             "top1_pct": accuracy.topk_pct(logits, labels, 1),
             "top5_pct": accuracy.topk_pct(logits, labels, 5),
             "n_images": len(logits),
+            "rounded": model.rounded,
             "params": size.params(model.module),
             "weight_bytes": size.weight_bytes(model.module),
             "file_bytes": size.file_bytes(folder, self.artifact_files if artifact else self.baseline_files),
@@ -228,6 +235,19 @@ class Duel:
             "coverage": coverage,
         }
 
+    def _logit_error(self, which: str, test: Images, result: Logits) -> float:
+        """Of the first few images of a test."""
+        import torch
+
+        from martlet.data.batches import batches
+        from martlet.measure.fidelity import logit_error
+
+        model = self.compressed if which == "artifact" else self.source
+        images, _, _ = next(batches(test, model.preprocess, BATCH))
+        with torch.inference_mode():
+            logits = model.module(torch.from_numpy(images)).numpy()
+        return logit_error(logits, result.values[which][: len(images)])
+
     def _probe_images(self, test: Images) -> torch.Tensor:
         """The first few images of a test, for per-layer errors."""
         import torch
@@ -239,10 +259,12 @@ class Duel:
 
 
 def gate(document: Document, max_drop: float | None = None) -> Gate:
-    """Slower or larger than the untouched model, or past `max_drop`, is a failure, and this says why.
+    """Slower or larger than the untouched model, other logits than PyTorch's, or past `max_drop` is a failure, and this
+    says why.
 
     Larger is a file by more than DESCRIBED. A simulated speed isn't judged, nor the size of a model that can stop
-    early: exits, or further models of a cascade, are what its speed is bought with.
+    early: exits, or further models of a cascade, are what its speed is bought with. Logits are judged in float32, where
+    nothing is rounded.
     """
     baseline, artifact, reasons = document["baseline"], document["artifact"], []
     judged = [] if "exits" in document else ["size"]
@@ -259,6 +281,16 @@ def gate(document: Document, max_drop: float | None = None) -> Gate:
     if "size" in judged and artifact["file_bytes"] > (1 + DESCRIBED) * baseline["file_bytes"]:
         sizes = artifact["file_bytes"] / 1e6, baseline["file_bytes"] / 1e6
         reasons.append(f"larger than the untouched model: {sizes[0]:.2f} MB against {sizes[1]:.2f} MB")
+    for side, name in ((baseline, "the untouched model"), (artifact, "the artifact")):
+        if "logit_error" not in side or side["precision"] != "f32" or side.get("rounded", True):
+            continue
+        if "logits" not in judged:
+            judged.append("logits")
+        if not side["logit_error"] <= EQUAL:
+            reasons.append(
+                f"{side['engine']} gives other logits for {name} than PyTorch, {side['logit_error']:.1%} of the "
+                "largest apart, so nothing measured of it counts"
+            )
     if max_drop is not None:
         if baseline["top1_pct"] is not None and artifact["top1_pct"] is not None:
             drop, of = baseline["top1_pct"] - artifact["top1_pct"], "top-1"

@@ -4,10 +4,12 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from martlet import evaluate, load
 from martlet.core.errors import UsageError
+from martlet.engine.openvino import OpenVINOSession
 from martlet.job import bench
 from martlet.measure import efficiency
 
@@ -66,6 +68,8 @@ def test_json_is_the_report_alone_and_max_drop_is_a_gate(martlet, tiny, images, 
     assert printed["martlet_report"] == 1
     assert printed["fidelity"]["top1_agreement_pct"] == 100
     assert not any("drops by" in reason for reason in printed["gate"]["reasons"])
+    assert printed["gate"]["judged"] == ["speed", "size", "logits", "top-1"]
+    assert max(printed[side]["logit_error"] for side in ("baseline", "artifact")) < 1e-4
     again = martlet("compress", *tiny, *arguments)
     assert (again.status, again.out) == (2, "")
     assert again.err == f"martlet: {out} exists; add --overwrite to replace it, or choose another --out\n"
@@ -77,9 +81,25 @@ def test_both_sides_say_what_ran_and_each_alternative_stands_once(document):
         assert sum(covered["macs_pct"].values()) == pytest.approx(100)
         assert covered["source"] == "OpenVINO runtime model"
     assert document["baseline"]["coverage"]["macs_pct"].keys() == {"f32"}
+    assert [document[side]["rounded"] for side in ("baseline", "artifact")] == [False, True]
+    assert document["baseline"]["logit_error"] < 1e-4
+    assert document["artifact"]["logit_error"] < 0.1
     names = [entry["name"] for entry in document["alternatives"]]
     assert len(set(names)) == len(names)
     assert not any(" f32" in name for name in names)  # that is the baseline
+
+
+def test_an_engine_that_computes_something_else_fails_the_gate(martlet, tiny, images, tmp_path, monkeypatch):
+    run = OpenVINOSession.run
+    monkeypatch.setattr(OpenVINOSession, "run", lambda *given: [np.roll(each, 1, axis=1) for each in run(*given)])
+    arguments = ("--images", images, "--recipe", "none", "--limit", 8, "--out", tmp_path / "vit", "--json")
+    result = martlet("compress", *tiny, *arguments)
+    assert result.status == GATE_FAILED
+    wrong = [reason for reason in json.loads(result.out)["gate"]["reasons"] if "other logits" in reason]
+    assert [reason.partition(" than PyTorch, ")[0] for reason in wrong] == [
+        "openvino gives other logits for the untouched model",
+        "openvino gives other logits for the artifact",
+    ]
 
 
 @pytest.mark.slow

@@ -84,6 +84,31 @@ def test_a_model_that_stops_early_may_be_larger():
     assert (found["reasons"], found["judged"]) == ([], ["speed"])
 
 
+@pytest.mark.parametrize("which", ["baseline", "artifact"])
+@pytest.mark.parametrize(("error", "passed"), [(1e-6, True), (0.01, True), (0.011, False), (float("nan"), False)])
+def test_other_logits_than_pytorchs_fail(which, error, passed):
+    found = document()
+    for side in ("baseline", "artifact"):
+        found[side] |= {"engine": "openvino", "precision": "f32", "rounded": False, "logit_error": 1e-6}
+    found[which]["logit_error"] = error
+    judgement = gate(found)
+    assert judgement["judged"] == ["speed", "size", "logits"]
+    name = "the untouched model" if which == "baseline" else "the artifact"
+    assert [name in reason for reason in judgement["reasons"]] == [True] * (not passed)
+    if error == 0.011:
+        assert judgement["reasons"] == [
+            f"openvino gives other logits for {name} than PyTorch, 1.1% of the largest apart, so nothing measured "
+            "of it counts"
+        ]
+
+
+@pytest.mark.parametrize("what", [{"precision": "bf16"}, {"rounded": True}])
+def test_logits_are_judged_where_they_should_be_equal(what):
+    found = document()
+    found["artifact"] |= {"engine": "openvino", "precision": "f32", "rounded": False, "logit_error": 0.3, **what}
+    assert gate(found) == {"passed": True, "reasons": [], "judged": ["speed", "size"]}
+
+
 @pytest.mark.parametrize(
     ("artifact", "reasons"),
     [

@@ -76,6 +76,10 @@ class Side(TypedDict):
     throughput: list[Throughput]
     peak_rss_bytes: int | None
     coverage: Coverage
+    rounded: NotRequired[bool]
+    """Some tensor is rounded to fewer values than floating point has."""
+    logit_error: NotRequired[float]
+    """How far the engine's logits are off those of PyTorch in float32, over the largest: median of the first images."""
 
 
 class Fidelity(TypedDict):
@@ -171,7 +175,8 @@ class Exits(TypedDict):
 
 
 class Gate(TypedDict):
-    """judged: what it looked at: `speed` (unless it is simulated), `size`, and `top-1` or `agreement` if asked."""
+    """judged: what it looked at: `speed` (unless it is simulated), `size`, `logits` where the engine has to give those
+    of PyTorch, and `top-1` or `agreement` if asked."""
 
     passed: bool
     reasons: list[str]

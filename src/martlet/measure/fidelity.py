@@ -34,6 +34,14 @@ def fidelity(reference: np.ndarray, test: np.ndarray) -> Fidelity:
     }
 
 
+def logit_error(reference: np.ndarray, test: np.ndarray) -> float:
+    """How far logits (images, K) of one model, run in two ways, are apart: for each image the largest difference, over
+    the largest logit of all; the median over images, so that a tie that goes another way in a few doesn't count.
+    """
+    apart = np.abs(reference.astype(np.float64) - test).max(axis=1)
+    return float(np.median(apart) / np.abs(reference).max())
+
+
 def _sqnr_db(signal: float, noise: float) -> float:
     if noise == 0:
         return CEILING_DB

@@ -145,6 +145,7 @@ def rows(document: Document) -> list[Row]:
         Row(name="Float precision", baseline=before["precision"], artifact=after["precision"]),
         *measures,
         Row(name="Images scored", baseline=f"{before['n_images']:,}", artifact=f"{n:,}"),
+        Row(name="Logits off PyTorch's", baseline=_off(before), artifact=_off(after)),
         Row(
             name="Parameters",
             baseline=count(before["params"]),
@@ -182,6 +183,11 @@ def _accuracy(name: str, before: float | None, after: float | None, n: int) -> R
     if before is None or after is None:
         return row
     return replace(row, change=points(before, after, n), worse=after < before)
+
+
+def _off(side: Side) -> str:
+    error = side.get("logit_error")
+    return quantity(None if error is None else 100 * error, "%", 2)
 
 
 def _size(name: str, before: int | None, after: int | None) -> Row:

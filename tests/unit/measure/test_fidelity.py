@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from martlet.measure.fidelity import CEILING_DB, fidelity
+from martlet.measure.fidelity import CEILING_DB, fidelity, logit_error
 
 
 def by_hand(reference, test):
@@ -63,3 +63,13 @@ def test_a_shift_of_all_logits_changes_no_probability(pair):
 def test_other_shapes_are_refused(pair):
     with pytest.raises(ValueError, match="same images"):
         fidelity(pair[0], pair[1][:-1])
+
+
+def test_logits_of_two_engines_are_apart_by_what_most_images_are():
+    reference = np.array([[1.0, -4.0], [0.5, 2.0], [3.0, 0.0]])
+    assert logit_error(reference, reference + np.array([[0.04, 0.0], [0.08, -0.01], [0.0, -0.12]])) == pytest.approx(
+        0.02
+    )
+    one_tie = reference + np.array([[0.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
+    assert logit_error(reference, one_tie) == 0
+    assert logit_error(reference, one_tie[::-1]) > 0.1
