@@ -97,7 +97,7 @@ class Duel:
         with clock("accuracy"):
             pair = {which: self.open(which, BATCH) for which in self._each("compile")}
             result = accuracy.logits(pair, test, preprocess, self.progress)
-            errors_of_engine = {which: self._logit_error(which, test, result) for which in self._each("run in PyTorch")}
+            off = {which: self._logit_error(which, test, result) for which in self._each("run in PyTorch")}
         staged = pair["artifact"] if result.exits else None
         with clock("latency"):
             plain = [p for p in self.engine.alternatives() if p != self.source.precision]
@@ -133,11 +133,11 @@ class Duel:
             errors = layers.layer_errors(*both, self._probe_images(test), self.progress)
         with clock("memory"):
             sides = {
-                which: self._side(which, result, latency.summary(times[which]), throughputs[which], covered[which])
+                which: self._side(
+                    which, result, off[which], latency.summary(times[which]), throughputs[which], covered[which]
+                )
                 for which in self._each("measure memory")
             }
-            for which, side in sides.items():
-                side["logit_error"] = errors_of_engine[which]
         simulated = self.engine.simulates(self.compressed)
         document: Document = {
             "martlet_report": report.VERSION,
@@ -208,7 +208,13 @@ class Duel:
             return coverage.coverage([], f"nothing, for {error}")
 
     def _side(
-        self, which: str, result: Logits, times: Latency, throughput: list[Throughput], coverage: Coverage
+        self,
+        which: str,
+        result: Logits,
+        logit_error: float,
+        times: Latency,
+        throughput: list[Throughput],
+        coverage: Coverage,
     ) -> Side:
         from martlet.measure import accuracy, macs, memory, size
 
@@ -223,6 +229,7 @@ class Duel:
             "top5_pct": accuracy.topk_pct(logits, labels, 5),
             "n_images": len(logits),
             "rounded": model.rounded,
+            "logit_error": logit_error,
             "params": size.params(model.module),
             "weight_bytes": size.weight_bytes(model.module),
             "file_bytes": size.file_bytes(folder, self.artifact_files if artifact else self.baseline_files),
@@ -236,7 +243,7 @@ class Duel:
         }
 
     def _logit_error(self, which: str, test: Images, result: Logits) -> float:
-        """Of the first few images of a test."""
+        """How far the logits of the first few images are off those of PyTorch."""
         import torch
 
         from martlet.data.batches import batches
