@@ -101,6 +101,11 @@ def test_timms_architectures_run_as_the_zoos_own(name, tmp_path):
         assert np.abs(found - expected).max() < 1e-3 * scale, engine
     assert np.abs(found[::-1] - expected).max() > 0.01 * scale  # the comparison can fail
     rounded = pipeline.run(fused, Recipe((Int8(),)), Context(images=Noise(size), int8=engines.get("openvino").int8))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 100
     with torch.no_grad():
-        error = np.linalg.norm(rounded.module(x).numpy() - expected)
-    assert 0 < error < 0.5 * np.linalg.norm(expected)
+        error, steep = (
+            np.linalg.norm(logits.numpy() - expected) / np.linalg.norm(expected)
+            for logits in (rounded.module(x), model.module(x + noise))
+        )
+    # With random weights the logits of some change by half for a hundredth of noise on the image alone.
+    assert 0 < error < max(0.5, 4 * steep)
