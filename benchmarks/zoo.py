@@ -202,8 +202,8 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     between = float(np.abs(expected[0] - expected[1]).max() / largest)
     if not between > LEAST_BETWEEN:
         raise NumericsError(f"the logits of two images differ by {between:.1e}, so nothing can be told from them")
-    pipeline.enter_(fused, Stage.GRAPH)
-    taken = {technique: takes(technique, model, fused) for technique in registry.entries()}
+    traced = pipeline.traced(fused)
+    taken = {technique: takes(technique, model, traced) for technique in registry.entries()}
     del model  # the largest take gigabytes, and what is written is in memory too
     found: dict[str, Any] = {
         "techniques": [technique for technique, takes_it in taken.items() if takes_it],
@@ -213,7 +213,7 @@ def export(name: str, folder: Path, settings: Settings, progress: Progress) -> d
     for engine in EXPORTED:
         progress(f"export for {engine}", 0, 0)
         try:
-            files = lower(fused, engine, folder)
+            files = lower(traced, engine, folder)
             logits = engines.get(engine).open(folder / engine, batch=FEW, precision=settings.precision)(images.numpy())
             found[engine] = {
                 "relative_error": float(np.abs(logits - expected).max() / largest),
@@ -268,8 +268,7 @@ def latency(
     progress("load", 0, 0)
     _, fused = load(name, settings)
     if missing := [engine for engine in files if not (options.work / name / engine).is_dir()]:
-        traced = fused.copy()
-        pipeline.enter_(traced, Stage.GRAPH)
+        traced = pipeline.traced(fused)
         for engine in missing:
             progress(f"export for {engine}", 0, 0)
             lower(traced, engine, options.work / name)

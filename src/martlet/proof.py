@@ -130,7 +130,7 @@ class Duel:
             covered = {which: self._coverage(sessions[which], probes[which]) for which in self._each("read what ran")}
         with clock("layers"):
             both = self.graphs["baseline"], self.graphs["artifact"]
-            errors = layers.layer_errors(*both, self._probe_images(test), self.progress)
+            errors = layers.layer_errors(*both, self._probe_images(test, preprocess["baseline"]), self.progress)
         with clock("memory"):
             sides = {
                 which: self._side(
@@ -246,22 +246,21 @@ class Duel:
         """How far the logits of the first few images are off those of PyTorch."""
         import torch
 
-        from martlet.data.batches import batches
         from martlet.measure.fidelity import logit_error
 
         model = self.compressed if which == "artifact" else self.source
-        images, _, _ = next(batches(test, model.preprocess, BATCH))
+        images = self._probe_images(test, model.preprocess)
         with torch.inference_mode():
-            logits = model.module(torch.from_numpy(images)).numpy()
+            logits = model.module(images).numpy()
         return logit_error(logits, result.values[which][: len(images)])
 
-    def _probe_images(self, test: Images) -> torch.Tensor:
-        """The first few images of a test, for per-layer errors."""
+    def _probe_images(self, test: Images, preprocess: Preprocess) -> torch.Tensor:
+        """The first few images of a test."""
         import torch
 
         from martlet.data.batches import batches
 
-        images, _, _ = next(batches(test, self.source.preprocess, BATCH))
+        images, _, _ = next(batches(test, preprocess, BATCH))
         return torch.from_numpy(images)
 
 

@@ -37,7 +37,7 @@ def randomize_(module: nn.Module, seed: int = 0, images: Tensor | None = None) -
                     parameter += NOISE * torch.randn(parameter.shape, generator=generator)
             if isinstance(part, _BatchNorm):
                 assert part.running_mean is not None and part.running_var is not None
-                part.running_mean.normal_(0, 0.2, generator=generator)
+                part.running_mean.normal_(0, NOISE, generator=generator)
                 part.running_var.uniform_(0.5, 2, generator=generator)
     if images is not None:
         _settle_(module.eval(), images, generator)
@@ -53,7 +53,7 @@ def _settle_(module: nn.Module, images: Tensor, generator: torch.Generator) -> N
         (x,) = inputs
         mean, variance = (f(x, [d for d in range(x.ndim) if d != 1]) for f in (torch.mean, torch.var))
         deviation = variance.maximum(mean**2).clamp(min=LEAST_VARIANCE).sqrt()
-        part.running_mean.copy_(mean + 0.2 * deviation * torch.randn(mean.shape, generator=generator))
+        part.running_mean.copy_(mean + NOISE * deviation * torch.randn(mean.shape, generator=generator))
         part.running_var.copy_(deviation**2 * torch.empty_like(mean).uniform_(0.5, 2, generator=generator))
 
     handles = [part.register_forward_pre_hook(settle) for part in module.modules() if isinstance(part, _BatchNorm)]

@@ -67,9 +67,8 @@ def test_other_shapes_are_refused(pair):
 
 def test_logits_of_two_engines_are_apart_by_what_most_images_are():
     reference = np.array([[1.0, -4.0], [0.5, 2.0], [3.0, 0.0]])
-    assert logit_error(reference, reference + np.array([[0.04, 0.0], [0.08, -0.01], [0.0, -0.12]])) == pytest.approx(
-        0.02
-    )
+    rounding = np.array([[0.04, 0.0], [0.08, -0.01], [0.0, -0.12]])
+    assert logit_error(reference, reference + rounding) == pytest.approx(0.02)
     one_tie = reference + np.array([[0.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     assert logit_error(reference, one_tie) == 0
     assert logit_error(reference, one_tie[::-1]) > 0.1
