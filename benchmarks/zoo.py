@@ -48,6 +48,8 @@ EXPORTED = ("onnxruntime", "openvino")
 BATCHES = (1, 16)
 FEW = 2
 """Images on which logits are compared."""
+FEWEST = 3
+"""Rounds that are timed at least: a call of the largest models on sixteen images takes a minute."""
 LEAST_BETWEEN = 1e-3
 """That the logits of two images have to differ by, over the largest: what differs by less can't be compared."""
 
@@ -286,7 +288,12 @@ def latency(
             runs[engine] = lambda session=session, images=images: session(images)
         seconds = 60 * options.minutes / len(BATCHES)
         found = latency.interleave(
-            runs, seed=settings.seed, min_seconds=seconds, max_seconds=2 * seconds, progress=progress
+            runs,
+            seed=settings.seed,
+            min_seconds=seconds,
+            max_seconds=2 * seconds,
+            fewest=FEWEST,
+            progress=progress,
         )
         for engine, ms in found.items():
             times[engine][str(batch)] = latency.summary(ms)

@@ -79,6 +79,7 @@ def write_onnx(piece: Piece, path: Path) -> list[str]:
     except Exception as error:
         raise EngineError(f"{model.name} can't be written as ONNX: {first_line(error)}") from error
     proto = exported.model_proto
+    del program, exported  # what constant folding made of the weights is in it now
     _name_nodes_(proto.graph)
     _name_batch_(proto.graph)
     _narrow_(proto.graph)

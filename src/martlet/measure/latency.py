@@ -29,12 +29,13 @@ def interleave(
     min_seconds: float = 3.0,
     max_seconds: float = 60.0,
     max_rounds: int = 1000,
+    fewest: int = 5,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Times every run once a round, in a new random order each round, so that all see the same minutes.
 
     Goes on until `min_seconds` are spent and MIN_ROUNDS rounds are done, or `max_seconds` or `max_rounds` are reached;
-    five rounds at least. Returns milliseconds by name, one a round: the i-th of each belong together.
+    `fewest` rounds at least, however long they take. Returns milliseconds by name, one a round: the i-th of each belong together.
     """
     rng = np.random.default_rng(seed)
     names = list(runs)
@@ -54,7 +55,7 @@ def interleave(
                 times[names[i]].append(time.perf_counter_ns() - before)
             spent = time.perf_counter() - start
             progress("time", min(int(1000 * spent), int(1000 * min_seconds)), int(1000 * min_seconds))
-            if done >= 5 and (spent >= max_seconds or (spent >= min_seconds and done >= MIN_ROUNDS)):
+            if done >= fewest and (spent >= max_seconds or (spent >= min_seconds and done >= MIN_ROUNDS)):
                 break
     return {name: np.array(values) / 1e6 for name, values in times.items()}
 
