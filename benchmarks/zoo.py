@@ -268,7 +268,7 @@ def latency(
     exported = record.get("export", {})
     files = [engine for engine in EXPORTED if "relative_error" in exported.get(engine, {})]
     progress("load", 0, 0)
-    _, fused = load(name, settings)
+    fused = load(name, settings)[1]  # the other goes: the largest take gigabytes
     if missing := [engine for engine in files if not (options.work / name / engine).is_dir()]:
         traced = pipeline.traced(fused)
         for engine in missing:
