@@ -35,7 +35,8 @@ def interleave(
     """Times every run once a round, in a new random order each round, so that all see the same minutes.
 
     Goes on until `min_seconds` are spent and MIN_ROUNDS rounds are done, or `max_seconds` or `max_rounds` are reached;
-    `fewest` rounds at least, however long they take. Returns milliseconds by name, one a round: the i-th of each belong together.
+    `fewest` rounds at least, however long they take. Returns milliseconds by name, one a round: the i-th of each
+    belong together.
     """
     rng = np.random.default_rng(seed)
     names = list(runs)

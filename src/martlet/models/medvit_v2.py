@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath, SqueezeExcite, make_divisible
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from martlet.core.errors import SourceError
 from martlet.models.backbone import Backbone, Stage, cfg, drop_path_rates, make, merge_heads, split_heads
@@ -66,38 +67,83 @@ class NeighborhoodAttention(nn.Module):
                 f"a neighbourhood of {self.kernel} × {self.kernel}, {self.dilation} apart, is larger than the feature "
                 f"map of {h} × {w}; give larger images"
             )
-        rows, columns = (neighbors(side, self.kernel, self.dilation).to(x.device) for side in (h, w))
+        of = ([torch.tensor(each, device=x.device) for each in tiles(n, self.kernel, self.dilation)] for n in (h, w))
+        rows, columns = (Axis(*each) for each in of)
         q, *kv = self.qkv(x).chunk(3, -1)
-        near = (self.gather(one, rows, columns) for one in kv)  # (B H W, k k, C)
-        q, k, v = (split_heads(one, self.num_heads) for one in (q.reshape(-1, 1, c), *near))
-        bias = self.position_bias(rows, columns)  # (H W, heads, 1, k k)
-        q, k, v = (one.unflatten(0, (b, h * w)) for one in (q, k, v))
-        seen = (q * (c // self.num_heads) ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-        return self.proj(merge_heads(seen.flatten(0, 1)).reshape(b, h, w, c))
+        q, k, v = tiled(q, rows.places, columns.places), *(tiled(one, rows.seen, columns.seen) for one in kv)
+        q, k, v = (split_heads(one, self.num_heads).unflatten(0, (b, -1)) for one in (q, k, v))
+        scores = q * (c // self.num_heads) ** -0.5 @ k.transpose(-2, -1) + self.position_bias(rows, columns)
+        out = merge_heads((scores.softmax(-1) @ v).flatten(0, 1))  # (B n m, s t, C)
+        (n, s), (m, t) = rows.places.shape, columns.places.shape
+        out = out.reshape(b, n, m, s, t, c).transpose(2, 3).reshape(b, h, w, c)
+        if self.dilation > 1:
+            out = out.index_select(1, rows.places.flatten().argsort())
+            out = out.index_select(2, columns.places.flatten().argsort())
+        return self.proj(out)
 
-    def gather(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """The neighbours of every token: (B, H, W, C) -> (B H W, k k, C)."""
-        (h, k), w = rows.shape, len(columns)
-        x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())  # (B, H k, W k, C)
-        return x.unflatten(2, (w, k)).unflatten(1, (h, k)).transpose(2, 3).reshape(-1, k * k, x.shape[-1])
-
-    def position_bias(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of each pair that sees each other: (H W, heads, 1, k k)."""
-        dy, dx = (
-            (near - torch.arange(len(near), device=near.device)[:, None]) // self.dilation + self.kernel - 1
-            for near in (rows, columns)
-        )
-        bias = self.bias[:, dy[:, None, :, None], dx[None, :, None, :]]  # (heads, H, W, k, k)
-        return bias.flatten(3).flatten(1, 2).transpose(0, 1).unsqueeze(2)
+    def position_bias(self, rows: Axis, columns: Axis) -> Tensor:
+        """Of each pair in a tile, -∞ where one doesn't see the other: (n m, heads, s t, places seen)."""
+        bias = pad(self.bias, (0, 1, 0, 1), value=float("-inf"))
+        dy, dx = rows.distance[:, None, :, None, :, None], columns.distance[None, :, None, :, None, :]
+        return bias[:, dy, dx].flatten(5).flatten(3, 4).flatten(1, 2).transpose(0, 1)
 
 
-def neighbors(side: int, kernel: int, dilation: int) -> Tensor:
+class Axis(NamedTuple):
+    """What `tiles` returns, as tensors."""
+
+    places: Tensor
+    seen: Tensor
+    distance: Tensor
+
+
+def tiled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Tokens of every tile: (B, H, W, C), (n, s) and (m, t) -> (B n m, s t, C)."""
+    (n, s), (m, t) = rows.shape, columns.shape
+    x = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())  # (B, n s, m t, C)
+    return x.unflatten(2, (m, t)).unflatten(1, (n, s)).transpose(2, 3).reshape(-1, s * t, x.shape[-1])
+
+
+@cache
+def tiles(
+    side: int, kernel: int, dilation: int, most: int = 8
+) -> tuple[list[list[int]], list[list[int]], list[list[list[int]]]]:
+    """Along one axis, places in tiles of `most` or the next fewer that divides the side, and what each tile attends to.
+
+    Neighbouring places attend to nearly the same, so that a tile copies each key a few times, not `kernel` times; what
+    only others of its tile attend to is masked.
+
+    Returns places (n, t), phase after phase; seen (n, M), all that any of the tile attends to, the last repeated to
+    fill it; distance (n, t, M) in dilations, from 0 to 2 (kernel - 1), and one more where a place doesn't attend.
+    """
+    size = max(size for size in range(1, most + 1) if side % size == 0)
+    order = sorted(range(side), key=lambda place: (place % dilation, place))
+    places = [order[i : i + size] for i in range(0, side, size)]
+    near = neighbors(side, kernel, dilation)
+    union = [sorted({other for place in tile for other in near[place]}) for tile in places]
+    longest = max(len(one) for one in union)
+    seen = [one + one[-1:] * (longest - len(one)) for one in union]
+    distance = [
+        [
+            [
+                (one[i] - place) // dilation + kernel - 1 if i < len(own) and one[i] in near[place] else 2 * kernel - 1
+                for i in range(longest)
+            ]
+            for place in tile
+        ]
+        for tile, one, own in zip(places, seen, union, strict=True)
+    ]
+    return places, seen, distance
+
+
+def neighbors(side: int, kernel: int, dilation: int) -> list[list[int]]:
     """Along one axis, the places that each place attends to: those of its own phase nearest to it. (side, kernel)."""
-    place = torch.arange(side)
-    phase, index = place % dilation, place // dilation
-    last = (side - 1 - phase) // dilation + 1 - kernel  # where the last full neighbourhood of the phase starts
-    start = torch.minimum((index - kernel // 2).clamp(min=0), last)
-    return phase[:, None] + dilation * (start[:, None] + torch.arange(kernel))
+    near = []
+    for place in range(side):
+        index, phase = divmod(place, dilation)
+        last = (side - 1 - phase) // dilation + 1 - kernel  # where the last full neighbourhood of the phase starts
+        start = min(max(index - kernel // 2, 0), last)
+        near.append([phase + dilation * (start + i) for i in range(kernel)])
+    return near
 
 
 class KanLayer(nn.Module):

@@ -8,7 +8,7 @@ from torch.nn.functional import layer_norm, linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from martlet import models
-from martlet.models.medvit_v2 import KanLayer, NeighborhoodAttention, PooledAttention, neighbors
+from martlet.models.medvit_v2 import KanLayer, NeighborhoodAttention, PooledAttention, neighbors, tiles
 
 AUTHORS = {
     "medvit_v2_tiny": 11_719_845 - 984_328,
@@ -28,8 +28,18 @@ def seen_from(place, side, kernel, dilation):
 
 @pytest.mark.parametrize(("side", "kernel", "dilation"), [(7, 3, 1), (7, 7, 1), (11, 3, 2), (15, 3, 4), (16, 5, 3)])
 def test_neighbours_are_the_nearest_of_their_phase(side, kernel, dilation):
-    found = neighbors(side, kernel, dilation).tolist()
-    assert found == [seen_from(place, side, kernel, dilation) for place in range(side)]
+    assert neighbors(side, kernel, dilation) == [seen_from(place, side, kernel, dilation) for place in range(side)]
+
+
+@pytest.mark.parametrize(("side", "kernel", "dilation"), [(12, 5, 1), (7, 3, 1), (9, 3, 2), (16, 5, 3)])
+def test_tiles_hold_what_their_places_attend_to(side, kernel, dilation):
+    near, attended = neighbors(side, kernel, dilation), {}
+    for places, seen, distance in zip(*tiles(side, kernel, dilation), strict=True):
+        for place, away in zip(places, distance, strict=True):
+            pairs = [(other, d) for other, d in zip(seen, away, strict=True) if d < 2 * kernel - 1]
+            attended[place] = [other for other, _ in pairs]
+            assert all(other == place + (d - kernel + 1) * dilation for other, d in pairs)
+    assert attended == dict(enumerate(near))
 
 
 def oracle(layer, x):
@@ -99,17 +109,20 @@ def test_parameters_are_those_of_the_authors_code(name):
     assert sum(p.numel() for p in module.parameters()) == AUTHORS[name] - 8 * layers
 
 
+def pairs_in_tiles(side, kernel):
+    """Of places that stand in one tile's product, of a square."""
+    places, seen, _ = tiles(side, kernel, 1)
+    return (len(places) * len(places[0]) * len(seen[0])) ** 2
+
+
 def test_macs_as_the_paper_counts_them():
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         module = models.create("medvit_v2_tiny").eval()
         module(torch.zeros(1, 3, 224, 224))
         near = sum(
-            2 * 49 * side**2 * part.proj.in_features
-            for part, side in (
-                (part, 56 >> int(name.split(".")[1]))
-                for name, part in module.named_modules()
-                if isinstance(part, NeighborhoodAttention)
-            )
+            2 * pairs_in_tiles(56 >> int(name.split(".")[1]), part.kernel) * part.proj.in_features
+            for name, part in module.named_modules()
+            if isinstance(part, NeighborhoodAttention)
         )
     operations = counter.get_total_flops() - 2 * near
     assert abs(operations - 5.1e9) < 0.05e9
