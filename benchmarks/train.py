@@ -1,12 +1,10 @@
-"""What training gives back of what few bits cost, on a small ViT and CIFAR-10; and how fast the loop takes its steps.
+"""What training gives back of what compression cost, on a small ViT and CIFAR-10; and how long the loop's steps take.
 
     python benchmarks/train.py        # some minutes a row on two cores, to results/train.json
-    python benchmarks/train.py few    # an hour: ways to train that are to reach more, or as much in fewer steps
     python benchmarks/train.py steps  # a minute on a quiet machine: steps of the loop, and as timm's script takes them
 
 Each row is a recipe without and with a pass that trains, on the same 2,000 test images. Rows that are there already
-aren't done again, and a row that was stopped goes on. `few` learns from few images, for three seeds: a quantized model,
-and one from random weights. `steps` times the loop and the steps of timm's script (its
+aren't done again, and a row that was stopped goes on. `steps` times the loop and the steps of timm's script (its
 loader, optimizer, loss, clipping and schedule, in this process) in turns, on the same model and images.
 """
 
@@ -17,7 +15,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,20 +41,13 @@ KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_he
 NUM_TEST = 2000
 NUM_TRAIN = 10_000
 QUANTIZE = "uniform: {{weight_bits: {bits}, activation_bits: 8, ranges: {ranges}}}"
-TRAIN = "lsq: {epochs: 1.0, batch: 64, rate: 0.0005}"
-ROWS = [(3, "mse"), (2, "mse"), (3, "minmax")]
-FEW, SEEDS = 2000, (0, 1, 2)
-"""Images that ways to train are compared on, and seeds of these images, order and changes."""
-ROUNDED = QUANTIZE.format(bits=2, ranges="mse")
-COMPARED = {
-    "quantized": (
-        f"[{ROUNDED}, lsq: {{epochs: 1.0, batch: 64, rate: 0.0005}}]",
-        f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005}}]",
-        f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005, intervened: 0.0}}]",
-    ),
-    "random": tuple(f"[dea: {{epochs: 20.0, batch: 64, rate: 0.001{choice}}}]" for choice in ("", ", choice: random")),
-}
-"""By what they begin from, recipes that are compared."""
+TRAIN = "epochs: 1.0, batch: 64, rate: 0.0005"
+ROWS = (
+    *(f"[{QUANTIZE.format(bits=b, ranges=r)}, lsq: {{{TRAIN}}}]" for b, r in ((3, "mse"), (2, "mse"), (3, "minmax"))),
+    f"[ziplm: {{ratio: 0.4}}, distill: {{{TRAIN}}}]",
+    f"[magnitude: {{ratio: 0.4}}, distill: {{{TRAIN}}}]",
+)
+"""What costs accuracy, and then what trains."""
 STEPS, BATCH = 20, 64
 """That are timed at once, and images in each."""
 PACKAGES = ("torch", "timm", "accelerate", "numpy")
@@ -65,7 +56,7 @@ PACKAGES = ("torch", "timm", "accelerate", "numpy")
 def main(argv: Sequence[str] | None = None) -> int:
     """Fills in the rows that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("rows", "few", "steps"), default="rows", help="what to measure")
+    parser.add_argument("part", nargs="?", choices=("rows", "steps"), default="rows", help="what to measure")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "train.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10 and weights")
     options = parser.parse_args(argv)
@@ -79,16 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers.write(options.out, document)
             note(f"a step of timm's is {document['steps']['speedup']['median']:.3f} of one of the loop's")
             return 0
-        if options.part == "few":
-            found = document.setdefault("few", [])
-            with working("compare ways to train") as progress:
-                for row in compared(options.assets, found, progress):
-                    found.append(row)
-                    peers.write(options.out, document)
-                    note(f"{row['recipe']}, seed {row['seed']}: {row['top1_pct']:.1f} %")
-            return 0
-        for bits, ranges in ROWS:
-            recipe = f"[{QUANTIZE.format(bits=bits, ranges=ranges)}, {TRAIN}]"
+        for recipe in ROWS:
             if any(row["recipe"] == recipe for row in rows):
                 continue
             with working(recipe) as progress:
@@ -122,10 +104,10 @@ def measure(recipe: str, assets: Path, out: Path, progress: Progress, seed: int 
         kept=Kept.beside(out),
     )
     start = time.perf_counter()
-    rounded = pipeline.run(source, Recipe(whole.passes[:1]), context)
-    trained = pipeline.run(rounded, Recipe(whole.passes[1:]), context)
+    smaller = pipeline.run(source, Recipe(whole.passes[:1]), context)
+    trained = pipeline.run(smaller, Recipe(whole.passes[1:]), context)
     top1_pct = {
-        name: top1(model, test) for name, model in (("float", source), ("rounded", rounded), ("trained", trained))
+        name: top1(model, test) for name, model in (("whole", source), ("smaller", smaller), ("trained", trained))
     }
     return {
         "recipe": recipe,
@@ -135,44 +117,11 @@ def measure(recipe: str, assets: Path, out: Path, progress: Progress, seed: int 
         "n_images": len(test),
         "simulated": trained.simulated,
         "top1_pct": top1_pct,
-        "recovered_pct": 100 * (top1_pct["trained"] - top1_pct["rounded"]) / (top1_pct["float"] - top1_pct["rounded"]),
+        "recovered_pct": 100 * (top1_pct["trained"] - top1_pct["smaller"]) / (top1_pct["whole"] - top1_pct["smaller"]),
         "training": trained.steps[-1].record,
         "seconds": time.perf_counter() - start,
         "environment": report.environment(PACKAGES),
     }
-
-
-def compared(assets: Path, rows: Sequence[Mapping[str, Any]], progress: Progress) -> Iterator[dict[str, Any]]:
-    """The rows of COMPARED that aren't there yet, seed by seed."""
-    folder = assets / "data" / "cifar10"
-    for seed in SEEDS:
-        for begins, recipes in COMPARED.items():
-            missing = [its for its in recipes if not any((r["recipe"], r["seed"]) == (its, seed) for r in rows)]
-            if not missing:
-                continue
-            trained = small(assets)
-            source = trained if begins == "quantized" else small(None, seed)
-            pool = open_images(folder / "train.parquet", limit=FEW, seed=seed)
-            images = Examples.read(pool, source.preprocess, CLASSES, progress)
-            test = open_images(folder / "test.parquet", limit=NUM_TEST, seed=0)
-            test = Examples.read(test, source.preprocess, CLASSES, progress)
-            few = Calibration(pool, source.preprocess, n=64, seed=seed)
-            context = Context(images=few, training=images, teacher=trained, seed=seed, progress=progress)
-            for its in missing:
-                start = time.perf_counter()
-                done = pipeline.run(source, Recipe.from_yaml(f"martlet: 1\npasses: {its}"), context)
-                yield {
-                    "recipe": its,
-                    "begins": begins,
-                    "seed": seed,
-                    "images": len(images),
-                    "n_images": len(test),
-                    "simulated": done.simulated,
-                    "steps": done.steps[-1].record["steps"],
-                    "top1_pct": top1(done, test),
-                    "seconds": time.perf_counter() - start,
-                    "environment": report.environment(PACKAGES),
-                }
 
 
 def small(assets: Path | None, seed: int = 0) -> Model:

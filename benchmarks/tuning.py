@@ -1,17 +1,14 @@
-"""What ways to tune cost, in training and when deployed, and what they reach: one table (results/tuning.json).
+"""What ways to tune cost, in training and when deployed; and hints where images are few (results/tuning.json).
 
     python benchmarks/tuning.py memory              # seconds: what a step keeps, and what a task's file holds
-    python benchmarks/tuning.py accuracy            # hours on two cores: CIFAR-10, few images a class, three seeds
-    python benchmarks/tuning.py small               # half an hour: a small ViT, ways that are to be better than another
     python benchmarks/tuning.py few_shot            # an hour: 4 and 8 images a class, with and without hints
     python benchmarks/tuning.py times               # minutes, on a quiet machine: steps, and the deployed model
 
 ViT-Ti with ImageNet weights, tuned to CIFAR-10's ten classes. Memory is counted, not sampled: bytes of the tensors
 that autograd keeps of one step, of gradients, and of the optimizer's moments. Deployed is OpenVINO, batch 1,
-interleaved with the untouched model; merged LoRA is the plain model again. `small` takes a ViT of 32 pixels trained on
-CIFAR-10: to what merging tokens costs it there, or to the first twenty classes of Tiny-ImageNet. `few_shot` takes
-ViT-Ti at 64 pixels, and standard augmentation with and without `hint_aug`, or with one half of it; and as much of it as
-mixes no images. Parts and rows that are there already aren't done again.
+interleaved with the untouched model; merged LoRA is the plain model again. `few_shot` takes ViT-Ti at 64 pixels, and
+standard augmentation with and without `hint_aug`, or with one half of it; and as much of it as mixes no images. Parts
+and rows that are there already aren't done again.
 """
 
 from __future__ import annotations
@@ -42,10 +39,9 @@ from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.examples import Examples
 from martlet.measure import latency
-from martlet.measure.macs import macs
 from martlet.training.technique import Training
 from martlet.vit.image_size import set_image_size_
-from tuning_tasks import TASKS, WEIGHTS, base, few
+from tuning_tasks import WEIGHTS, base, few
 
 if TYPE_CHECKING:
     import torch
@@ -53,25 +49,10 @@ if TYPE_CHECKING:
 WAYS = ("finetune", "probe", "bitfit", "lora", "lora_ga", "adapter", "vpt", "ladder", "sherl", "pyra")
 BEFORE = {"pyra": Recipe.load("tome")}
 """What comes before a way."""
-BATCH, SHOTS, EPOCHS, SEEDS, NUM_TEST = 16, 8, 30, (0, 1, 2), 1000
-RATES = {"finetune": 1e-4, "probe": 1e-2}
-"""Of those whose rate isn't the technique's own: all weights move less, the classifier alone more."""
+CUTTING = {"light_peft": "lora"}
+"""Ways whose model is smaller after the first steps, and what later ones are as; timed beside the others."""
+BATCH, SEEDS, NUM_TEST = 16, (0, 1, 2), 1000
 PACKAGES = ("torch", "timm", "peft", "openvino", "numpy")
-MERGING = "tome: {r: {0: 16, 1: 12, 2: 8}}"
-SMALL = {
-    "merged": tuple(f"[{MERGING}, {way}: {{epochs: 3.0, batch: 64}}]" for way in ("lora", "pyra")),
-    "transfer": tuple(
-        f"[{way}: {{{settings}epochs: 10.0, batch: 64, rate: {rate}}}]"
-        for way, settings, rate in (
-            ("probe", "", 0.01),
-            ("lora", "", 0.001),
-            ("ladder", "narrower: 4, ", 0.001),
-            ("sherl", "narrower: 4, ", 0.001),
-            ("sherl", "narrower: 4, spreads: false, ", 0.001),
-        )
-    ),
-}
-"""By what is learned, recipes that are compared on a small ViT."""
 FEW_SHOT_SIZE = 64
 FEW_SHOT_EPOCHS = {4: 15.0, 8: 7.5}
 """By images a class; 30 steps of 20 images each."""
@@ -86,13 +67,12 @@ HINTS = {
     "unmixed": ("", PLAIN),
 }
 """By name, what comes before a way, and how the way is tuned: as the official code of `hint_aug` augments, or less."""
-PARTS = ("memory", "accuracy", "small", "few_shot", "times")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures the parts that the command line names. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="+", choices=PART, metavar="PART", help=", ".join(PART))
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "tuning.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10 and weights")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="NAME")
@@ -100,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     document |= {
         "benchmark": "tuning",
-        "settings": {"batch": BATCH, "shots": SHOTS, "epochs": EPOCHS, "test_images": NUM_TEST, "weights": WEIGHTS},
+        "settings": {"batch": BATCH, "weights": WEIGHTS},
     }
     try:
         for part in options.parts:
@@ -114,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def way(name: str, **settings: Any) -> Training:
-    """A technique with the benchmark's schedule."""
+def way(name: str) -> Training:
+    """A technique with the benchmark's batch."""
     found = registry.technique(name)()
     assert isinstance(found, Training)
-    return replace(found, batch=BATCH, epochs=float(EPOCHS), rate=RATES.get(name, found.rate), **settings)
+    return replace(found, batch=BATCH)
 
 
 def prepared(name: str, model: Model) -> Model:
@@ -220,61 +200,6 @@ class Step:
         return sum(kept.values())
 
 
-def accuracy(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
-    """Top-1 of each way from few images, for each seed of images, classifier and order."""
-    test = None
-    for seed in SEEDS:
-        for name in ways:
-            if any((row["way"], row["seed"]) == (name, seed) for row in rows):
-                continue
-            model = prepared(name, base(assets, seed))
-            if test is None:
-                pool = open_images(assets / "data" / "cifar10" / "test.parquet", limit=NUM_TEST, seed=0)
-                test = Examples.read(pool, model.preprocess, CLASSES, progress)
-            context = Context(training=few(assets, model, SHOTS, seed), seed=seed, progress=progress)
-            start = time.perf_counter()
-            done = pipeline.run(model, Recipe((way(name),)), context)
-            seconds = time.perf_counter() - start
-            top1_pct = train.top1(done, test)
-            note(f"{name}, seed {seed}: {top1_pct:.1f} %")
-            yield {
-                "way": name,
-                "seed": seed,
-                "top1_pct": top1_pct,
-                "n": len(test),
-                "steps": done.steps[-1].record["steps"],
-                "seconds": seconds,
-            }
-
-
-def small(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
-    """Top-1 of a small ViT after each recipe of SMALL, for each seed of images, classifier and order."""
-    for task, recipes in SMALL.items():
-        for seed in SEEDS:
-            missing = [its for its in recipes if not any((row["way"], row["seed"]) == (its, seed) for row in rows)]
-            if not missing:
-                continue
-            model, images, test = TASKS[task](assets, seed, progress)
-            for its in missing:
-                recipe = Recipe.from_yaml(f"martlet: 1\npasses: {its}")
-                start = time.perf_counter()
-                done = pipeline.run(model, recipe, Context(training=images, seed=seed, progress=progress))
-                row = {
-                    "way": its,
-                    "task": task,
-                    "seed": seed,
-                    "top1_pct": train.top1(done, test),
-                    "before_pct": train.top1(model, test),
-                    "n": len(test),
-                    "images": len(images),
-                    "steps": done.steps[-1].record["steps"],
-                    "macs_removed_ratio": 1 - macs(done) / macs(model),
-                    "seconds": time.perf_counter() - start,
-                }
-                note(f"{its}, seed {seed}: {row['top1_pct']:.1f} %")
-                yield row
-
-
 def few_shot(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], progress: Progress) -> Any:
     """Top-1 from few images a class, after each way with each of HINTS, for each seed of images, classifier and order.
 
@@ -322,12 +247,13 @@ def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
     """Milliseconds of a step and of a deployed inference, each interleaved with all others; ratios to the first."""
     steps: dict[str, Callable[[], object]] = {}
     models: dict[str, Model] = {"untouched": base(assets)}
+    ways = [*ways, *CUTTING]
     for name in ways:
         model = prepared(name, base(assets))
-        steps[name] = Step(model, way(name), gray(model))
-        tuned = prepared(name, base(assets))
-        quick = replace(way(name), epochs=1.0, augment="none")
-        models[name] = pipeline.run(tuned, Recipe((quick,)), Context(training=gray(tuned)))
+        quick = replace(way(name), epochs=20.0 if name in CUTTING else 1.0, augment="none")
+        models[name] = pipeline.run(model, Recipe((quick,)), Context(training=gray(model)))
+        its = models[name].copy() if name in CUTTING else model
+        steps[name] = Step(its, way(CUTTING.get(name, name)), gray(its))
     trained = latency.interleave(steps, max_rounds=20, max_seconds=300.0, progress=progress)
     target = engines.get("openvino")
     with tempfile.TemporaryDirectory() as root:
@@ -350,7 +276,7 @@ def times(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]], 
         }
 
 
-PART: dict[str, Rows] = {"memory": memory, "accuracy": accuracy, "small": small, "few_shot": few_shot, "times": times}
+PART: dict[str, Rows] = {"memory": memory, "few_shot": few_shot, "times": times}
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int, int]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from martlet.report.cards import table
-from pages import measured_on, spread
+from pages import measured_on
 
 BENCHMARK, PATH = "train", "docs/training.md"
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """Top-1 in float, rounded and trained; and the steps of the loop beside timm's, where they were timed."""
+    """Top-1 of the whole model, the smaller one, and that trained; and steps of the loop beside timm's, if timed."""
     rows = document["rows"]
     first = rows[0]
     images, point = first["training"]["images"], 100 / first["n_images"]
@@ -32,15 +31,13 @@ def page(document: Mapping[str, Any]) -> str:
     cells = [
         (
             f"`{row['recipe']}`",
-            *(f"{row['top1_pct'][name]:.1f}" for name in ("float", "rounded", "trained")),
+            *(f"{row['top1_pct'][name]:.1f}" for name in ("whole", "smaller", "trained")),
             f"{min(row['recovered_pct'], 100):.0f} %",
             str(row["training"]["steps"]),
         )
         for row in rows
     ]
-    lines += table(("Recipe", "Float", "Rounded", "Trained", "Of the loss", "Steps"), cells)
-    if few := document.get("few"):
-        lines += ["", "## Ways to train, compared", "", *compared(few)]
+    lines += table(("Recipe", "Whole", "Without training", "Trained", "Of the loss", "Steps"), cells)
     if steps := document.get("steps"):
         ours, theirs = (steps["step_ms"][name]["median"] for name in ("martlet", "timm"))
         turns, ratio = steps["step_ms"]["martlet"]["n"], steps["speedup"]
@@ -52,21 +49,4 @@ def page(document: Mapping[str, Any]) -> str:
             f"steps, both in one run: Martlet {ours:.1f}, as timm's script {theirs:.1f}; timm's over ours "
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}).",
         ]
-    return "\n".join([*lines, "", measured_on([*rows, *(few or []), *([steps] if steps else [])]), ""])
-
-
-def compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One row a recipe: what it reaches from few images."""
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        found[row["recipe"]].append(row)
-    cells = []
-    for recipe, group in found.items():
-        reached = spread([row["top1_pct"] for row in group])
-        cells.append((f"`{recipe}`", group[0]["begins"], reached, str(len(group)), str(group[0]["steps"])))
-    return [
-        f"From {max(row['images'] for row in rows)} images of CIFAR-10; top-1 of {rows[0]['n_images']} others, the "
-        "mean over seeds and the range. *Begins* is the trained model, or random weights.",
-        "",
-        *table(("Recipe", "Begins", "Top-1 %", "Seeds", "Steps"), cells),
-    ]
+    return "\n".join([*lines, "", measured_on([*rows, *([steps] if steps else [])]), ""])

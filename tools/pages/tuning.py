@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from martlet.report.cards import table
-from pages import measured_on, spread
+from pages import interval, measured_on, spread
 
 BENCHMARK, PATH = "tuning", "docs/tuning.md"
 HEADING = (
@@ -16,7 +16,6 @@ HEADING = (
     "Learned",
     "Memory of a step, MB",
     "A task's file, kB",
-    "Top-1 %",
     "Step, ms",
     "Deployed, ms",
     "Faster",
@@ -24,27 +23,23 @@ HEADING = (
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """One row a way: what is learned, memory, file, accuracy, step and latency; what wasn't measured is left open."""
+    """One row a way: what is learned, memory, file, step and latency; what wasn't measured is left open."""
     settings = document["settings"]
-    reached: dict[str, list[float]] = defaultdict(list)
-    for row in document.get("accuracy", []):
-        reached[row["way"]].append(row["top1_pct"])
     timed = {row["way"]: row for row in document.get("times", [])}
     rows = []
-    for row in document["memory"]:
-        name, found = row["way"], reached.get(row["way"], [])
-        total = row["activation_bytes"] + row["gradient_bytes"] + row["moment_bytes"]
-        times = timed.get(name)
+    kept = {row["way"]: row for row in document["memory"]}
+    for name in dict.fromkeys([*kept, *timed]):
+        row, times = kept.get(name), timed.get(name)
+        total = row and row["activation_bytes"] + row["gradient_bytes"] + row["moment_bytes"]
         rows.append(
             (
                 f"`{name}`",
-                f"{row['learned'] / row['parameters']:.2%}",
-                f"{total / 1e6:.0f}",
-                f"{row['file_bytes'] / 1e3:.0f}",
-                spread(found) if found else "–",
+                f"{row['learned'] / row['parameters']:.2%}" if row else "–",
+                f"{total / 1e6:.0f}" if total else "–",
+                f"{row['file_bytes'] / 1e3:.0f}" if row else "–",
                 f"{times['step_ms']['median']:.0f}" if times else "–",
                 f"{times['latency_ms']['median']:.2f}" if times else "–",
-                f"{times['speedup']['median']:.2f}×" if times else "–",
+                interval(times and times["speedup"]),
             )
         )
     lines = [
@@ -55,57 +50,19 @@ def page(document: Mapping[str, Any]) -> str:
         f"{settings['weights']}, tuned to the ten classes of CIFAR-10, {settings['batch']} images a step. Memory is "
         "counted: activations that are kept for the backward pass, gradients and moments, without the weights "
         "themselves; of `pyra` with half of the tokens merged after five blocks. A task's file is what is learned, in "
-        "float32; of low-rank updates before they are merged.",
+        "float32; of low-rank updates before they are merged. What the ways reach is in [learning.md](learning.md).",
     ]
-    if reached:
-        lines += [
-            "",
-            f"Top-1 of {settings['test_images']} test images after {settings['epochs']} epochs of {settings['shots']} "
-            "images a class: the mean over seeds, and the range.",
-        ]
     if timed:
         lines += [
             "",
             "Times are medians, all ways interleaved in one run; deployed on OpenVINO, batch 1, and *faster* is the "
-            "untouched model's time over it. Merged, LoRA is the untouched model's graph.",
+            "untouched model's time over it, with its 90 % interval. Merged, LoRA is the untouched model's graph. A "
+            "step of `light_peft` is one after the model was cut, as `lora` takes it.",
         ]
     lines += ["", *table(HEADING, rows)]
-    if "small" in document:
-        lines += ["", "## Ways that are to be better than another", "", *small(document["small"])]
     if "few_shot" in document:
         lines += ["", "## Hints where images are few", "", *few_shot(document["few_shot"], settings["weights"])]
     return "\n".join([*lines, "", measured_on([document]), ""])
-
-
-TASKS = {
-    "merged": "what merging tokens costs it there, from {images} images",
-    "transfer": "the first twenty classes of Tiny-ImageNet, from {images} images",
-}
-
-
-def small(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One row a recipe: what a small ViT reaches."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        found[row["task"], row["way"]].append(row)
-    lines = ["A ViT of 32 pixels and four blocks, trained on CIFAR-10. Top-1 is the mean over seeds, and the range."]
-    for task in dict.fromkeys(task for task, _ in found):
-        its = {way: group for (name, way), group in found.items() if name == task}
-        images = max(row["images"] for group in its.values() for row in group)
-        cells = [
-            (
-                f"`{way}`",
-                spread([row["top1_pct"] for row in group]),
-                str(len(group)),
-                f"{group[0]['macs_removed_ratio']:.0%}",
-                str(group[0]["steps"]),
-            )
-            for way, group in its.items()
-        ]
-        about = TASKS[task].format(images=images)
-        lines += ["", f"To {about}; {next(iter(its.values()))[0]['n']} others to test on:", ""]
-        lines += table(("Recipe", "Top-1 %", "Seeds", "Fewer MACs", "Steps"), cells)
-    return lines
 
 
 HINTS = {

@@ -93,9 +93,10 @@ class Examples:
     def split(self, n: int, seed: int) -> tuple[Examples, Examples]:
         """n of them, drawn by the seed, and the others."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
-        return self._part(order[:n].sort().values), self._part(order[n:].sort().values)
+        return self.take(order[:n].sort().values), self.take(order[n:].sort().values)
 
-    def _part(self, rows: Tensor) -> Examples:
+    def take(self, rows: Tensor) -> Examples:
+        """Some of them: rows int64 (n,)."""
         labels = None if self.labels is None else self.labels[rows]
         return Examples(self.pixels[rows], labels, self.preprocess, self.source)
 

@@ -1,0 +1,238 @@
+"""What ways to learn reach beside each other, where a paper claims that one is better (results/learning.json).
+
+    python benchmarks/learning.py                      # some hours of one thread
+    python benchmarks/learning.py random merged        # these comparisons alone
+
+A comparison gives all of its recipes the same model and images, seed by seed, and tests them on the same others; the
+first recipe is what the others are held against. Its rows that are there already aren't done again. Time is the
+processor's, of all threads: set OMP_NUM_THREADS=1 for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import learning_tasks as tasks
+import peers
+import train
+from cifar import ASSETS
+from learning_tasks import Start
+from martlet.cli.terminal import note, working
+from martlet.core import pipeline
+from martlet.core.errors import MartletError
+from martlet.core.model import Model
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Progress
+from martlet.data.calibration import Calibration
+from martlet.measure.macs import macs
+
+PACKAGES = ("torch", "timm", "peft", "accelerate", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Recipes by a name each, that of the first being what others are held against.
+
+    start: the model, images and whatever else is given, from the folder of assets, one that lasts for a seed, which is
+    `{folder}` in recipes, and the seed. measures: besides top-1, of each trained model.
+    """
+
+    start: Callable[[Path, Path, int, Progress], Start]
+    recipes: Mapping[str, str]
+    seeds: Sequence[int] = (0, 1, 2)
+    measures: Mapping[str, Callable[[Model, Start], float]] = field(default_factory=dict)
+
+
+RANDOM = "epochs: 20.0, batch: 64, rate: 0.001"
+ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
+MERGING = "tome: {r: {1: 12, 4: 10}}"
+TUNED = "epochs: 8.0, batch: 64"
+COMPARISONS = {
+    "random": Comparison(
+        start=tasks.random,
+        recipes={
+            "finetune": f"[finetune: {{{RANDOM}}}]",
+            "sam": f"[sam: {{{RANDOM}}}]",
+            "coat": f"[coat: {{{RANDOM}}}]",
+            "skipvit": f"[skipvit, finetune: {{{RANDOM}}}]",
+        },
+        measures={"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active},
+    ),
+    "augmented": Comparison(
+        start=tasks.random,
+        recipes={
+            "dea, random": f"[dea: {{{RANDOM}, choice: random}}]",
+            "dea": f"[dea: {{{RANDOM}}}]",
+            "dea, all images": f"[dea: {{{RANDOM}, chosen: 1.0, choice: random}}]",
+        },
+    ),
+    "grown": Comparison(
+        start=tasks.convolutions,
+        recipes={
+            "finetune": f"[finetune: {{{RANDOM}}}]",
+            "progressive": f"[progressive: {{{RANDOM}, smallest: 32, stages: 3}}]",
+        },
+    ),
+    "distilled": Comparison(
+        start=tasks.student,
+        recipes={
+            "distill": "[distill: {epochs: 10.0, batch: 64, rate: 0.001}]",
+            "fast_distill": "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, stored: '{folder}/answers'}]",
+            "fast_distill, replayed": "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, "
+            "stored: '{folder}/answers'}]",
+        },
+    ),
+    "long-tailed": Comparison(
+        start=tasks.long_tailed,
+        recipes={
+            "finetune": f"[finetune: {{{RANDOM}}}]",
+            "deit": f"[deit_lt: {{{RANDOM}, beta: 0.0}}]",
+            "deit_lt": f"[deit_lt: {{{RANDOM}}}]",
+        },
+        measures={"tail_pct": tasks.tail, "tail_cls_pct": tasks.tail_of_class, "tail_dist_pct": tasks.tail_of_teacher},
+    ),
+    "quantized": Comparison(
+        start=tasks.trained,
+        recipes={
+            "lsq": f"[{ROUNDED}, lsq: {{epochs: 1.0, batch: 64, rate: 0.0005}}]",
+            "teacher_intervention": f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005}}]",
+            "teacher_intervention, none": f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005, "
+            "intervened: 0.0}]",
+        },
+    ),
+    "tuned": Comparison(
+        start=tasks.tuned,
+        recipes={
+            "lora": f"[lora: {{{TUNED}}}]",
+            "lora_ga, half": f"[lora_ga: {{{TUNED.replace('8.0', '4.0')}}}]",
+            "light_peft": f"[light_peft: {{{TUNED}, prune_ratio: 0.46}}]",
+            "finetune": f"[finetune: {{{TUNED}, rate: 0.0001}}]",
+            "bitfit": f"[bitfit: {{{TUNED}}}]",
+            "adapter": f"[adapter: {{{TUNED}}}]",
+            "vpt": f"[vpt: {{{TUNED}}}]",
+            "probe": f"[probe: {{{TUNED}, rate: 0.01}}]",
+            "ladder": f"[ladder: {{{TUNED}}}]",
+            "sherl": f"[sherl: {{{TUNED}}}]",
+            "sherl, no spreading": f"[sherl: {{{TUNED}, spreads: false}}]",
+        },
+    ),
+    "merged tokens": Comparison(
+        start=tasks.merged_tokens,
+        recipes={name: f"[{MERGING}, {name}: {{{TUNED}}}]" for name in ("lora", "pyra")},
+    ),
+    **{
+        f"prompted by {shots}": Comparison(
+            start=tasks.prompted(shots),
+            recipes={
+                way: f"[vpt: {{epochs: 30.0, batch: {10 * shots}, rate: 0.005{begin}}}]"
+                for way, begin in (("vpt", ""), ("vpt, started", ", start: '{folder}/prompts'"))
+            },
+            seeds=range(5),
+        )
+        for shots in (1, 2)
+    },
+    "two fine-tunes": Comparison(
+        start=tasks.finetunes(2),
+        recipes={"soup": "[soup]", "fisher": "[fisher]"},
+        measures={"before_pct": tasks.before},
+    ),
+    "five fine-tunes": Comparison(
+        start=tasks.finetunes(5),
+        recipes={
+            "task_arithmetic": "[task_arithmetic]",
+            "soup": "[soup]",
+            "ties": "[ties]",
+            "opcm": "[opcm]",
+        },
+        measures={"before_pct": tasks.before},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fills in the rows that are missing. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMPARISONS))
+    parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "learning.json")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these")
+    options = parser.parse_args(argv)
+    if unknown := set(options.names) - COMPARISONS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: no such comparison; there are {', '.join(COMPARISONS)}")
+    document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"rows": []}
+    document |= {"benchmark": "learning"}
+    try:
+        for name in options.names or COMPARISONS:
+            with working(name) as progress:
+                for row in measure(name, options.assets, options.seeds, document["rows"], progress):
+                    document["rows"].append(row)
+                    peers.keep(options.out, document, PACKAGES)
+    except MartletError as error:
+        note(str(error))
+        return error.exit_status
+    return 0
+
+
+def measure(
+    name: str, assets: Path, seeds: Sequence[int] | None, rows: Sequence[Mapping[str, Any]], progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """The rows of a comparison that aren't there yet, seed by seed."""
+    comparison, done = COMPARISONS[name], {(row["comparison"], row["way"], row["seed"]) for row in rows}
+    for seed in comparison.seeds if seeds is None else [seed for seed in comparison.seeds if seed in seeds]:
+        missing = [way for way in comparison.recipes if (name, way, seed) not in done]
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            start = comparison.start(assets, Path(folder), seed, progress)
+            for way in missing:
+                row = one(comparison, way, start, folder, seed, progress)
+                note(f"{name}, {way}, seed {seed}: {row['top1_pct']:.1f} % in {row['cpu_seconds']:.0f} s")
+                yield {"comparison": name, **row}
+
+
+def one(comparison: Comparison, way: str, start: Start, folder: str, seed: int, progress: Progress) -> dict[str, Any]:
+    """A row: what one recipe makes of a start."""
+    recipe = Recipe.from_yaml(f"martlet: 1\npasses: {comparison.recipes[way].replace('{folder}', folder)}")
+    context = Context(
+        images=Calibration(start.pool, start.model.preprocess, n=64, seed=seed),
+        training=start.images,
+        teacher=start.teacher,
+        finetunes=start.finetunes,
+        seed=seed,
+        progress=progress,
+    )
+    began = time.process_time()
+    done = pipeline.run(start.model, recipe, context)
+    seconds = time.process_time() - began
+    record = done.steps[-1].record
+    return {
+        "way": way,
+        "recipe": comparison.recipes[way],
+        "seed": seed,
+        "model": start.model.name,
+        "images": len(start.images),
+        "n_images": len(start.test),
+        "simulated": done.simulated,
+        "steps": record.get("steps", 0),
+        "cpu_seconds": seconds,
+        "parameters_removed_ratio": 1 - _size(done) / _size(start.model),
+        "macs_removed_ratio": 1 - macs(done) / macs(start.model),
+        "top1_pct": train.top1(done, start.test),
+        **{name: function(done, start) for name, function in comparison.measures.items()},
+    }
+
+
+def _size(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.module.parameters())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
