@@ -3,9 +3,9 @@
     python benchmarks/cifar.py deit swin hybrid efficientvit mamba --out DIR        # half an hour each on two cores
 
 As `martlet train` does: DIR/NAME is the artifact, with its curves, and a training that was stopped goes on. Besides
-writes DIR/NAME.safetensors and DIR/NAME.json, which says how it was trained and its top-1 on the test images. What is
-there already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of `weights`
-beside this file, which has some of them, in float16.
+writes DIR/NAME.safetensors, and to results/cifar.json how it was trained, its curves, and its top-1 on the test images.
+What is in DIR already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of
+`weights` beside this file, which has some of them, in float16.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from martlet.core.errors import MartletError, UsageError
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress
 from martlet.data import open_images
+from martlet.measure.macs import macs
 from martlet.source import load_model
 from martlet.techniques.tune.finetune import Finetune
 from martlet.training.job import train as martlet_train
@@ -121,16 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=sorted(SMALL), metavar="NAME", help=" or ".join(SMALL))
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--results", type=Path, default=peers.ROOT / "results" / "cifar.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10")
     options = parser.parse_args(argv)
     try:
         for name in options.names:
-            if (options.out / f"{name}.json").is_file():
+            if (options.out / f"{name}.safetensors").is_file():
                 note(f"{name} is in {options.out} already")
                 continue
             with working(f"train {name}") as progress:
-                record = train(name, options.assets, options.out, progress)
-            note(f"{name}: top-1 {record['top1']:.1f} % in {record['seconds']:.0f} s")
+                row = train(name, options.assets, options.out, progress)
+            found = options.results
+            before = json.loads(found.read_text(encoding="utf-8"))["rows"] if found.is_file() else []
+            rows = [*(its for its in before if its["name"] != name), row]
+            peers.keep(found, {"benchmark": "cifar", "rows": rows}, peers.PACKAGES)
+            note(f"{name}: top-1 {row['top1_pct']:.1f} % in {row['seconds']:.0f} s")
     except MartletError as error:
         note(str(error))
         return error.exit_status
@@ -138,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int = 0) -> dict[str, Any]:
-    """Trains one as `martlet train` does, and writes it. Returns its record."""
+    """Trains one as `martlet train` does, and writes its weights. Returns its row."""
     import torch
     from safetensors.torch import save_file
 
@@ -155,20 +161,22 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
     weights = folder / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in trained.module.state_dict().items()}, f"{weights}.part")
     os.replace(f"{weights}.part", weights)
-    told = json.loads((folder / name / "training.json").read_text(encoding="utf-8"))
-    record = {
+    (step,) = trained.steps
+    return {
+        "name": name,
         "model": small.model,
         "kwargs": dict(small.kwargs),
         "size": small.size,
-        "data": f"CIFAR-10, 50,000 images to train, {len(truth):,} to test",
-        "recipe": recipe.to_yaml(),
+        "parameters": sum(parameter.numel() for parameter in trained.module.parameters()),
+        "macs": macs(trained),
+        "recipe": str(recipe),
         "seed": seed,
-        "top1": 100 * float((found.argmax(1) == truth).float().mean()),
-        "seconds": told["passes"][0]["seconds"],
+        "n_images": len(truth),
+        "top1_pct": 100 * float((found.argmax(1) == truth).float().mean()),
+        "training": step.record,
+        "seconds": step.seconds,
         "environment": report.environment(peers.PACKAGES),
     }
-    peers.write(folder / f"{name}.json", record)
-    return record
 
 
 def read(images: Images, model: Model) -> tuple[Tensor, Tensor]:
