@@ -55,6 +55,7 @@ RANDOM = "epochs: 20.0, batch: 64, rate: 0.001"
 ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
 MERGING = "tome: {r: {1: 12, 4: 10}}"
 TUNED = "epochs: 8.0, batch: 64"
+AFTER = "epochs: 5.0, batch: 64, rate: 0.0005"
 COMPARISONS = {
     "random": Comparison(
         start=tasks.random,
@@ -107,6 +108,45 @@ COMPARISONS = {
             "teacher_intervention, none": f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005, "
             "intervened: 0.0}]",
         },
+    ),
+    "pruned": Comparison(
+        start=tasks.trained,
+        recipes={
+            way: f"[{way}: {{prune_ratio: 0.4}}, distill: {{{AFTER}}}]"
+            for way in ("magnitude", "taylor", "nvit", "ziplm")
+        },
+        measures={"before_pct": tasks.before},
+    ),
+    "factorized": Comparison(
+        start=tasks.trained,
+        recipes={
+            f"{way}, {then}": f"[{way}: {{ratio: 0.33, count: params}}, {then}: {{{AFTER}}}]"
+            for way, then in (("svd", "distill"), ("svd", "pela"), ("afm", "pela"))
+        },
+        measures={"before_pct": tasks.before},
+    ),
+    "shared": Comparison(
+        start=tasks.trained,
+        recipes={
+            "minivit, distill": f"[minivit, distill: {{{AFTER}}}]",
+            "minivit, relations": f"[minivit, distill: {{{AFTER}, relations: 1.0}}]",
+        },
+        measures={"before_pct": tasks.before},
+    ),
+    "sparse": Comparison(
+        start=tasks.trained,
+        recipes={
+            "sparsegpt": "[sparsegpt: {zeros: 4, of: 8, run: 2}]",
+            "distill": f"[sparsegpt: {{zeros: 4, of: 8, run: 2}}, distill: {{{AFTER}, features: 1.0}}]",
+            "gpusq-vit": f"[sparsegpt: {{zeros: 4, of: 8, run: 2}}, distill: {{{AFTER}, features: 1.0}}, "
+            "uniform: {weight_bits: 4, activation_bits: 8}, lsq: {epochs: 1.0, batch: 64, rate: 0.0005}]",
+        },
+        measures={"before_pct": tasks.before},
+    ),
+    "unnormalized": Comparison(
+        start=tasks.trained,
+        recipes={way: f"[{way}: {{{AFTER}}}]" for way in ("distill", "unified_normalization")},
+        measures={"before_pct": tasks.before},
     ),
     "tuned": Comparison(
         start=tasks.tuned,

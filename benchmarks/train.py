@@ -44,8 +44,8 @@ QUANTIZE = "uniform: {{weight_bits: {bits}, activation_bits: 8, ranges: {ranges}
 TRAIN = "epochs: 1.0, batch: 64, rate: 0.0005"
 ROWS = (
     *(f"[{QUANTIZE.format(bits=b, ranges=r)}, lsq: {{{TRAIN}}}]" for b, r in ((3, "mse"), (2, "mse"), (3, "minmax"))),
-    f"[ziplm: {{ratio: 0.4}}, distill: {{{TRAIN}}}]",
-    f"[magnitude: {{ratio: 0.4}}, distill: {{{TRAIN}}}]",
+    f"[ziplm: {{prune_ratio: 0.4}}, distill: {{{TRAIN}}}]",
+    f"[magnitude: {{prune_ratio: 0.4}}, distill: {{{TRAIN}}}]",
 )
 """What costs accuracy, and then what trains."""
 STEPS, BATCH = 20, 64

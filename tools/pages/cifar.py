@@ -44,5 +44,8 @@ def page(document: Mapping[str, Any]) -> str:
             found = ", ".join(f"{top1:.0f}" for _, _, top1 in judged)
             lines += ["", f"Top-1 % of `{row['name']}` on images held back from training, after each epoch: {found}."]
         else:
-            lines += ["", f"`{row['name']}` was trained by an earlier loop, of the benchmark's own, which kept no curve."]
+            lines += [
+                "",
+                f"`{row['name']}` was trained by an earlier loop, of the benchmark's own, which kept no curve.",
+            ]
     return "\n".join([*lines, "", measured_on(rows), ""])

@@ -29,6 +29,16 @@ ABOUT = {
     "token (2404.02900).",
     "quantized": "The small ViT that knows CIFAR-10, its weights rounded to 2 bits (simulated). `teacher_intervention` "
     "is to reach in half the steps what `lsq` does (2302.11812); *none* is the same without intervention.",
+    "pruned": "The small ViT that knows CIFAR-10, 40 % of its MACs cut, and trained on its own answers. Rankings by "
+    "curvature are to keep more than magnitude (`nvit`, 2110.04869).",
+    "factorized": "The same, a third of its Linears' weights being saved by low rank. `pela` is to bring back more than "
+    "logits alone (2310.10700).",
+    "shared": "The same, each two blocks sharing their weights. Learning how tokens attend to each other is to bring "
+    "back more than logits alone (2204.07154).",
+    "sparse": "The same, four of each eight weights zero in pairs; `gpusq-vit` is rounded to 4 bits on top (simulated) "
+    "and is to lose a point at most (Yu et al., 2023).",
+    "unnormalized": "The same, its norms becoming constants that the Linears take over, which is to cost half a point "
+    "at most (2208.01313).",
     "tuned": "ViT-Ti with ImageNet weights and a new classifier, at 64 pixels. `lora_ga` is to reach in half the steps "
     "what `lora` does (2407.05000), `light_peft` nearly as much with 40 % fewer weights in less time (2406.03792), "
     "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523).",
