@@ -31,7 +31,7 @@ ABOUT = {
     "is to reach in half the steps what `lsq` does (2302.11812); *none* is the same without intervention.",
     "pruned": "The small ViT that knows CIFAR-10, 40 % of its MACs cut, and trained on its own answers. Rankings by "
     "curvature are to keep more than magnitude (`nvit`, 2110.04869).",
-    "factorized": "The same, a third of its Linears' weights being saved by low rank. `pela` is to bring back more than "
+    "factorized": "The same, a third of its Linears' weights saved by low rank. `pela` is to bring back more than "
     "logits alone (2310.10700).",
     "shared": "The same, each two blocks sharing their weights. Learning how tokens attend to each other is to bring "
     "back more than logits alone (2204.07154).",
