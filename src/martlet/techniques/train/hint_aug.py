@@ -35,7 +35,8 @@ class HintAug(Leading):
     That patch is the one whose attention tuning has changed most, or which is attended to most while it has changed
     little. It is moved a step towards the classes that the model confuses with the image's own: features that were
     learned before tuning, and that few images don't show. Where the pass behind mixes images, those with a patch
-    changed stay unmixed. For some images a class, before `lora`, `adapter` or `vpt`.
+    changed stay unmixed. For some images a class, before `lora`, `adapter` or `vpt`. Where images needn't be mixed,
+    leaving `mixup` and `cutmix` out has given as much, in shorter steps (docs/tuning.md).
 
     Args:
         radius: how far each pixel of a patch moves, of a range of 1.
