@@ -75,6 +75,7 @@ def information(module: nn.Module, images: Batches, draws: int, generator: torch
     """
     parameters = dict(module.named_parameters())
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
+    own = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     with torch.enable_grad():
         for image in _one_by_one(images):
             logs = functional.log_softmax(module(image)[0].float(), 0)  # (K,)
@@ -83,13 +84,16 @@ def information(module: nn.Module, images: Batches, draws: int, generator: torch
                 weights = torch.full((draws,), 1 / draws)
             else:
                 chosen, weights = torch.arange(len(logs)), logs.detach().exp()
-            for k, weight in zip(chosen.tolist(), weights, strict=True):
+            for k, weight in zip(chosen.tolist(), weights.tolist(), strict=True):
                 gradients = torch.autograd.grad(
                     logs[k], list(parameters.values()), retain_graph=True, allow_unused=True
                 )
                 for name, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        total[name] += weight * gradient.double().square()  # p(y|x) (∇ log p(y|x))²
+                        own[name].addcmul_(gradient, gradient, value=weight)  # p(y|x) (∇ log p(y|x))²
+            for name, found in own.items():
+                total[name] += found
+                found.zero_()
     return {name: value / images.num_images for name, value in total.items()}
 
 
