@@ -185,7 +185,7 @@ COMPARISONS = {
         measures={"before_pct": tasks.before},
     ),
     "five fine-tunes": Comparison(
-        start=tasks.finetunes(5),
+        start=tasks.domains,
         recipes={
             "task_arithmetic": "[task_arithmetic]",
             "soup": "[soup]",

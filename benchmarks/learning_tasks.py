@@ -173,32 +173,64 @@ def prompted(shots: int) -> Callable[[Path, Path, int, Progress], Start]:
     return start
 
 
-def finetunes(parts: int) -> Callable[[Path, Path, int, Progress], Start]:
-    """As `tuned`, its classifier learned, and so many fine-tunes of it, of some of the classes each.
+def classes(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """As `tuned`, its classifier learned, and two fine-tunes of it, of five classes each, drawn by the seed."""
+    import torch
 
-    The seed draws the classes, and with them the fine-tunes' order.
+    its = _probed(assets, folder, seed, progress)
+    labels = its.images.labels
+    assert labels is not None
+    halves = np.array_split(np.random.default_rng(seed).permutation(CLASSES), 2)
+    own = [its.images.take(torch.from_numpy(np.flatnonzero(np.isin(labels.numpy(), half)))) for half in halves]
+    return replace(its, finetunes=_finetunes(its.model, own, seed, progress))
+
+
+def domains(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """As `tuned`, its classifier learned, and five fine-tunes of it, each of images that were changed in one way.
+
+    The seed draws their order. Tested on images of which a fifth is changed in each way.
     """
+    its = _probed(assets, folder, seed, progress)
+    order = np.random.default_rng(seed).permutation(len(CHANGES))
+    own = [_changed(its.images, CHANGES[i]) for i in order]
+    parts = [its.test.take(its.test.pixels.new_tensor(range(i, len(its.test), len(CHANGES)), dtype=int)) for i in order]
+    changed = [_changed(part, CHANGES[i]) for part, i in zip(parts, order, strict=True)]
+    return replace(its, test=_joined(changed), finetunes=_finetunes(its.model, own, seed, progress))
 
-    def start(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
-        import torch
 
-        its = tuned(assets, folder, seed, progress)
-        probe = Recipe.from_yaml(ALONE.format("probe: {epochs: 5.0, batch: 64, rate: 0.01}"))
-        its = replace(its, model=pipeline.run(its.model, probe, Context(training=its.images, seed=seed)))
-        labels = its.images.labels
-        assert labels is not None
-        recipe = Recipe.from_yaml(ALONE.format("finetune: {epochs: 5.0, batch: 32, rate: 0.0001}"))
-        found = []
-        for classes in np.array_split(np.random.default_rng(seed).permutation(CLASSES), parts):
-            rows = np.flatnonzero(np.isin(labels.numpy(), classes))
-            own = its.images.take(torch.from_numpy(rows))
-            done = pipeline.run(its.model, recipe, Context(training=own, seed=seed, progress=progress))
-            state = done.module.state_dict()
-            images = Normalized(own.take(torch.arange(min(LOOKED_AT, len(own)))))
-            found.append(Finetune(name=f"classes {classes.tolist()}", read=lambda state=state: state, images=images))
-        return replace(its, finetunes=tuple(found))
+CHANGES: Sequence[Callable[[Tensor], Tensor]] = (
+    lambda pixels: pixels,
+    lambda pixels: 255 - pixels,
+    *(lambda pixels, turns=turns: pixels.rot90(turns, (2, 3)) for turns in (1, 2, 3)),
+)
+"""Of bytes (N, 3, H, W): none, colors inverted, turned by a quarter, a half and three quarters."""
 
-    return start
+
+def _probed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    its = tuned(assets, folder, seed, progress)
+    probe = Recipe.from_yaml(ALONE.format("probe: {epochs: 5.0, batch: 64, rate: 0.01}"))
+    return replace(its, model=pipeline.run(its.model, probe, Context(training=its.images, seed=seed)))
+
+
+def _changed(examples: Examples, change: Callable[[Tensor], Tensor]) -> Examples:
+    return Examples(change(examples.pixels), examples.labels, examples.preprocess, examples.source)
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    import torch
+
+    labels = torch.cat([part.labels for part in parts if part.labels is not None])
+    return Examples(torch.cat([part.pixels for part in parts]), labels, parts[0].preprocess, parts[0].source)
+
+
+def _finetunes(model: Model, own: Sequence[Examples], seed: int, progress: Progress) -> tuple[Finetune, ...]:
+    """One of each task's images."""
+    recipe, found = Recipe.from_yaml(ALONE.format("finetune: {epochs: 5.0, batch: 32, rate: 0.0001}")), []
+    for i, images in enumerate(own):
+        state = pipeline.run(model, recipe, Context(training=images, seed=seed, progress=progress)).module.state_dict()
+        few, _ = images.split(min(LOOKED_AT, len(images)), seed)
+        found.append(Finetune(name=f"task {i}", read=lambda state=state: state, images=Normalized(few)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

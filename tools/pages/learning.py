@@ -49,8 +49,10 @@ ABOUT = {
     "prompted by 2": "The same with two images a class.",
     "two fine-tunes": "ViT-Ti at 64 pixels whose classifier knows CIFAR-10 was tuned on five of the classes, and again "
     "on the other five; both are merged and tested on all ten. `fisher` is to keep more than the mean (2111.09832).",
-    "five fine-tunes": "The same with five fine-tunes of two classes each. `opcm`, which merges one at a time, is to "
-    "keep more than adding what each changed (2501.09522).",
+    "five fine-tunes": "The same with fine-tunes of all classes, each of images changed in one way: not at all, colors "
+    "inverted, or turned by a quarter, a half or three quarters; of the test images a fifth is changed in each way. "
+    "`opcm`, which merges one at a time, in an order drawn by the seed, is to keep more than adding what each changed "
+    "(2501.09522).",
 }
 """By the benchmark's names, what is compared."""
 MEASURES = {
