@@ -180,7 +180,7 @@ COMPARISONS = {
         for shots in (1, 2)
     },
     "two fine-tunes": Comparison(
-        start=tasks.finetunes(2),
+        start=tasks.classes,
         recipes={"soup": "[soup]", "fisher": "[fisher]"},
         measures={"before_pct": tasks.before},
     ),
