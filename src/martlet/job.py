@@ -61,7 +61,7 @@ def compress(
             then not tested.
         num_calib: how many calibration images.
         train: what techniques that train the model train it on, with labels if there are any.
-        teacher: whose outputs they learn, as `martlet.training.job.load_teacher` takes it; the untouched model without.
+        teacher: whose outputs they learn, as `martlet.source.load_other` takes it; the untouched model without.
         max_drop: points of top-1 (of agreement, without labels) that the gate lets go.
         overwrite: replace an artifact at `out`.
         threads: cores to use; None is all.
@@ -111,9 +111,9 @@ def compress(
 
             context.training = Examples.read(training, source.preprocess, source.num_classes, progress)
         if teacher is not None:
-            from martlet.training.job import load_teacher
+            from martlet.source import load_other
 
-            context.teacher = load_teacher(teacher, source)
+            context.teacher = load_other(teacher, source)
     patches: list[report.Patches] = []
 
     def look(model: Model, technique: Technique) -> None:

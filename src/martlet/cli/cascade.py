@@ -73,9 +73,11 @@ def cascade(
 
     Exit status 3 if the gate failed, as in compress.
     """
+    from martlet.source import with_weights
+
     if len(models) < 2:
         raise UsageError("a cascade needs two models or more, the cheapest first; for one, see compress --recipe")
-    spec, _, file = models[-1].partition("=")
+    spec, file = with_weights(models[-1])
     if file and model_options.weights:
         raise UsageError(f"{spec} has weights twice: {file} and --weights {model_options.weights}; leave one out")
     last = replace(model_options, weights=file or model_options.weights)

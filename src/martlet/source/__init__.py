@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from martlet.core.model import Model
 
-__all__ = ["FORMS", "LIBRARIES", "load_model", "rebuild"]
+__all__ = ["FORMS", "LIBRARIES", "load_model", "load_other", "rebuild", "with_weights"]
 
 LIBRARIES = ("timm", "hf", "torchvision", "martlet")
 FORMS = "timm:NAME, hf:FOLDER_OR_ID, torchvision:NAME, martlet:NAME, path/to/file.py:FACTORY, or an artifact folder"
@@ -89,6 +89,29 @@ def load_model(
         origin={"library": library, **loaded.origin, "weights": loaded.weights},
         class_names=loaded.class_names,
     )
+
+
+def with_weights(spec: str) -> tuple[str, str | None]:
+    """A model, and the weights that are named with it: `MODEL=FILE`."""
+    model, _, weights = spec.partition("=")
+    return model, weights or None
+
+
+def load_other(other: str | Model, model: Model) -> Model:
+    """Another model of as many classes: one that is there, or `MODEL` or `MODEL=FILE`, as `load_model` takes them.
+
+    A library's model comes with the library's own weights, unless some are named. An artifact has everything: that is
+    how to give one that wants its images otherwise than its library says.
+
+    Raises:
+        MartletError: as `load_model`.
+    """
+    if not isinstance(other, str):
+        return other
+    spec, weights = with_weights(other)
+    if _parse(spec)[0] == "artifact":
+        return load_model(spec, weights=weights)
+    return load_model(spec, weights=weights or "pretrained", num_classes=model.num_classes)
 
 
 def rebuild(origin: Mapping[str, Any], *, trust_code: bool = False) -> nn.Module:

@@ -47,7 +47,7 @@ def train(
         recipe: as of `compress`; at least one of its passes trains.
         out: the folder to write, with `training.html` and `training.json` beside the weights. What was done of a
             training that was stopped is kept in `.NAME.resume` beside it, from which the same call goes on.
-        teacher: as `load_teacher` takes it; the untouched model without.
+        teacher: as `martlet.source.load_other` takes it; the untouched model without.
         num_calib: how many of the images passes that don't train look at.
         overwrite: replace an artifact at `out`.
         seed: of the order of the images, of how they are changed, and of chance in the model.
@@ -66,7 +66,7 @@ def train(
     from martlet.data.calibration import Calibration
     from martlet.data.examples import Examples
     from martlet.report.training import write
-    from martlet.source import load_model
+    from martlet.source import load_model, load_other
     from martlet.training.order import processes
     from martlet.training.technique import Training
 
@@ -79,7 +79,7 @@ def train(
     source = load_model(model) if isinstance(model, str) else model if isinstance(model, Model) else model()
     recipe.facts(source.facts)
     pool = open_images(images)
-    its_teacher = None if teacher is None else load_teacher(teacher, source)
+    its_teacher = None if teacher is None else load_other(teacher, source)
     kept = Kept.beside(out)
     run = {
         "model": [source.name, source.origin],
@@ -117,25 +117,6 @@ def train(
         shutil.rmtree(kept.folder, ignore_errors=True)
     crew.wait_for_everyone()
     return store.load(out)
-
-
-def load_teacher(teacher: str | Model, student: Model) -> Model:
-    """A teacher, with the student's number of classes: a model, what `load_model` takes, or that, `=`, and weights.
-
-    A library's model comes with the library's own weights, unless weights are named. An artifact has everything: that
-    is how to give a teacher that wants its images otherwise than its library says.
-
-    Raises:
-        MartletError: as `load_model`.
-    """
-    from martlet.source import load_model
-
-    if isinstance(teacher, Model):
-        return teacher
-    spec, _, weights = teacher.partition("=")
-    if (Path(spec) / store.MANIFEST).is_file():
-        return load_model(spec)
-    return load_model(spec, weights=weights or "pretrained", num_classes=student.num_classes)
 
 
 def _torch() -> Any:

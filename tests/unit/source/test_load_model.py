@@ -3,10 +3,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from martlet import engine as engines
+from martlet.core import store
 from martlet.core.errors import NumericsError, SourceError, UsageError
 from martlet.data.preprocess import Preprocess
-from martlet.source import load_model, rebuild
+from martlet.source import load_model, load_other, rebuild
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = {"spec": "timm:vit_tiny_patch16_224", "model_kwargs": TINY, "num_classes": 5}
@@ -204,3 +207,26 @@ def test_a_folder_is_an_artifact_or_a_hint(tmp_path):
     (tmp_path / "artifact.json").write_text("{}")
     with pytest.raises(UsageError, match="name it alone"):
         load_model(str(tmp_path), num_classes=3)
+
+
+def test_another_model_has_the_weights_named_with_it(tmp_path):
+    kwargs = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = load_model("timm:vit_tiny_patch16_224", model_kwargs=kwargs, num_classes=3, seed=1)
+    assert load_other(model, model) is model
+    named = load_model("timm:test_vit", num_classes=3, seed=2)
+    save_file(named.module.state_dict(), tmp_path / "other.safetensors")
+    other = load_other(f"timm:test_vit={tmp_path / 'other.safetensors'}", model)
+    x = torch.zeros(1, 3, *other.preprocess.size)
+    assert other.num_classes == 3
+    assert torch.equal(other.module(x), named.module(x))
+
+
+def test_an_artifact_has_its_own_weights(tmp_path):
+    model = load_model("timm:test_vit", num_classes=3, seed=2)
+    engine = engines.get("torch")
+    with store.writing(tmp_path / "made") as folder:
+        store.seal(folder, model, engine.name, store.write_model(folder, model, engine))
+    x = torch.zeros(1, 3, *model.preprocess.size)
+    assert torch.equal(load_other(str(tmp_path / "made"), model).module(x), model.module(x))
+    with pytest.raises(UsageError, match="is an artifact, with its own weights"):
+        load_other(f"{tmp_path / 'made'}=other.safetensors", model)

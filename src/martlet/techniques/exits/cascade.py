@@ -70,11 +70,11 @@ class Cascade(Technique):
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         from martlet.core import pipeline
-        from martlet.training.job import load_teacher
+        from martlet.source import load_other
 
         members = []
         for spec in self.first:
-            member = load_teacher(spec, model)
+            member = load_other(spec, model)
             if has_exits(member.module):
                 raise RecipeError(f"cascade: {member.name} has exits already; give models without")
             if member.num_classes != model.num_classes or member.preprocess.size != model.preprocess.size:
