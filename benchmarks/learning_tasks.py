@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -228,23 +228,9 @@ def _finetunes(model: Model, own: Sequence[Examples], seed: int, progress: Progr
     recipe, found = Recipe.from_yaml(ALONE.format("finetune: {epochs: 5.0, batch: 32, rate: 0.0001}")), []
     for i, images in enumerate(own):
         state = pipeline.run(model, recipe, Context(training=images, seed=seed, progress=progress)).module.state_dict()
-        few, _ = images.split(min(LOOKED_AT, len(images)), seed)
-        found.append(Finetune(name=f"task {i}", read=lambda state=state: state, images=Normalized(few)))
+        looked_at = images.batches(LOOKED_AT, seed)
+        found.append(Finetune(name=f"task {i}", read=lambda state=state: state, images=looked_at))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class Normalized:
-    """Examples as batches without labels."""
-
-    examples: Examples
-
-    @property
-    def num_images(self) -> int:
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.examples.normalize(self.examples.pixels).split(64))
 
 
 def before(model: Model, start: Start) -> float:

