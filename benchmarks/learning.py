@@ -162,6 +162,7 @@ COMPARISONS = {
             "ladder": f"[ladder: {{{TUNED}}}]",
             "sherl": f"[sherl: {{{TUNED}}}]",
             "sherl, no spreading": f"[sherl: {{{TUNED}, spreads: false}}]",
+            "sherl, wider": f"[sherl: {{{TUNED}, narrower: 2}}]",
         },
     ),
     "merged tokens": Comparison(

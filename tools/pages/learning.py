@@ -41,7 +41,8 @@ ABOUT = {
     "at most (2208.01313).",
     "tuned": "ViT-Ti with ImageNet weights and a new classifier, at 64 pixels. `lora_ga` is to reach in half the steps "
     "what `lora` does (2407.05000), `light_peft` nearly as much with 40 % fewer weights in less time (2406.03792), "
-    "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523).",
+    "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523), "
+    "which *wider* takes about as much memory as: 120 and 130 MB of activations at 224 pixels, `sherl` 78.",
     "merged tokens": "ViT-Ti with ImageNet weights at 96 pixels, patches being merged by `tome`. `pyra` is to give "
     "back more of what that costs than `lora` (2403.09192).",
     "prompted by 1": "ViT-Ti with ImageNet weights at 64 pixels, one image a class. Prompts that begin from those of "
