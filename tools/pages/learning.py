@@ -80,8 +80,9 @@ def page(document: Mapping[str, Any]) -> str:
         "Where a paper says that one way to learn is better than another, both are given the same model and images "
         "here, seed by seed: small ones, for two cores. Top-1 is the mean over seeds, and the range. *Over the first* "
         "is the mean of the differences to the table's first way on the same seed, and how many are above it. Seconds "
-        "are the processor's, in one thread, of the whole training. Where nothing else is said, the model is a ViT of "
-        "32 pixels and four blocks of 128 features, and images are CIFAR-10's.",
+        "are the processor's, in one thread, of the whole training; MACs are those that the way adds or saves. Where "
+        "nothing else is said, the model is a ViT of 32 pixels and four blocks of 128 features, and images are "
+        "CIFAR-10's.",
     ]
     for name, about in ABOUT.items():
         if rows := comparisons.get(name):
@@ -112,7 +113,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 spread([row["top1_pct"] for row in found]),
                 "–" if its is first else f"{fmean(over):+.1f} ({sum(x > 0 for x in over)} of {len(over)})",
                 *([str(found[0]["steps"]), f"{fmean(row['cpu_seconds'] for row in found):.0f}"] if timed else []),
-                *([f"{fmean(row['macs_removed_ratio'] for row in found):.0%}"] if smaller else []),
+                *([f"{-fmean(row['macs_removed_ratio'] for row in found):+.0%}"] if smaller else []),
                 *(MEASURES[name][1].format(fmean(row[name] for row in found)) for name in measures),
             )
         )
@@ -122,7 +123,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "Top-1 %",
         "Over the first",
         *(["Steps", "Seconds"] if timed else []),
-        *(["Fewer MACs"] if smaller else []),
+        *(["MACs"] if smaller else []),
         *(MEASURES[name][0] for name in measures),
     )
     return table(headings, cells)
