@@ -94,6 +94,11 @@ def _images(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Learned from {rows[0]['images']} images, tested on {rows[0]['n_images']} others."
 
 
+def _change(removed: float) -> str:
+    """In percent, where it rounds to any."""
+    return f"{-removed:+.0%}" if abs(removed) >= 0.005 else "–"
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ways: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -113,7 +118,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 spread([row["top1_pct"] for row in found]),
                 "–" if its is first else f"{fmean(over):+.1f} ({sum(x > 0 for x in over)} of {len(over)})",
                 *([str(found[0]["steps"]), f"{fmean(row['cpu_seconds'] for row in found):.0f}"] if timed else []),
-                *([f"{-fmean(row['macs_removed_ratio'] for row in found):+.0%}"] if smaller else []),
+                *([_change(fmean(row["macs_removed_ratio"] for row in found))] if smaller else []),
                 *(MEASURES[name][1].format(fmean(row[name] for row in found)) for name in measures),
             )
         )
