@@ -1,7 +1,7 @@
 """What ways to learn reach beside each other, where a paper claims that one is better (results/learning.json).
 
     python benchmarks/learning.py                      # some hours of one thread
-    python benchmarks/learning.py random merged        # these comparisons alone
+    python benchmarks/learning.py random tuned         # these comparisons alone
 
 A comparison gives all of its recipes the same model and images, seed by seed, and tests them on the same others; the
 first recipe is what the others are held against. Its rows that are there already aren't done again. Time is the
@@ -55,7 +55,11 @@ RANDOM = "epochs: 20.0, batch: 64, rate: 0.001"
 ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
 MERGING = "tome: {r: {1: 12, 4: 10}}"
 TUNED = "epochs: 8.0, batch: 64"
+REPLAYED = "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, stored: '{folder}/answers'}]"
+HALF = f"{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005"
 AFTER = "epochs: 5.0, batch: 64, rate: 0.0005"
+SPARSE = "sparsegpt: {zeros: 4, of: 8, run: 2}"
+RECOVERED = f"{SPARSE}, distill: {{{AFTER}, features: 1.0}}"
 COMPARISONS = {
     "random": Comparison(
         start=tasks.random,
@@ -86,9 +90,8 @@ COMPARISONS = {
         start=tasks.student,
         recipes={
             "distill": "[distill: {epochs: 10.0, batch: 64, rate: 0.001}]",
-            "fast_distill": "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, stored: '{folder}/answers'}]",
-            "fast_distill, replayed": "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, "
-            "stored: '{folder}/answers'}]",
+            "fast_distill": REPLAYED,
+            "fast_distill, replayed": REPLAYED,
         },
     ),
     "long-tailed": Comparison(
@@ -103,10 +106,9 @@ COMPARISONS = {
     "quantized": Comparison(
         start=tasks.trained,
         recipes={
-            "lsq": f"[{ROUNDED}, lsq: {{epochs: 1.0, batch: 64, rate: 0.0005}}]",
-            "teacher_intervention": f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005}}]",
-            "teacher_intervention, none": f"[{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005, "
-            "intervened: 0.0}]",
+            "lsq": f"[{ROUNDED}, lsq: {{{train.TRAIN}}}]",
+            "teacher_intervention": f"[{HALF}}}]",
+            "teacher_intervention, none": f"[{HALF}, intervened: 0.0}}]",
         },
     ),
     "pruned": Comparison(
@@ -136,10 +138,9 @@ COMPARISONS = {
     "sparse": Comparison(
         start=tasks.trained,
         recipes={
-            "sparsegpt": "[sparsegpt: {zeros: 4, of: 8, run: 2}]",
-            "distill": f"[sparsegpt: {{zeros: 4, of: 8, run: 2}}, distill: {{{AFTER}, features: 1.0}}]",
-            "gpusq-vit": f"[sparsegpt: {{zeros: 4, of: 8, run: 2}}, distill: {{{AFTER}, features: 1.0}}, "
-            "uniform: {weight_bits: 4, activation_bits: 8}, lsq: {epochs: 1.0, batch: 64, rate: 0.0005}]",
+            "sparsegpt": f"[{SPARSE}]",
+            "distill": f"[{RECOVERED}]",
+            "gpusq-vit": f"[{RECOVERED}, uniform: {{weight_bits: 4, activation_bits: 8}}, lsq: {{{train.TRAIN}}}]",
         },
         measures={"before_pct": tasks.before},
     ),

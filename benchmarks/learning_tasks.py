@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,11 @@ class Start:
     test: Examples
     teacher: Model | None = None
     finetunes: Sequence[Finetune] = ()
+
+    @cached_property
+    def top1_pct(self) -> float:
+        """Of the model before any recipe."""
+        return train.top1(self.model, self.test)
 
 
 def _start(
@@ -191,11 +197,13 @@ def domains(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
     The seed draws their order. Tested on images of which a fifth is changed in each way.
     """
     its = _probed(assets, folder, seed, progress)
-    order = np.random.default_rng(seed).permutation(len(CHANGES))
-    own = [_changed(its.images, CHANGES[i]) for i in order]
-    parts = [its.test.take(its.test.pixels.new_tensor(range(i, len(its.test), len(CHANGES)), dtype=int)) for i in order]
-    changed = [_changed(part, CHANGES[i]) for part, i in zip(parts, order, strict=True)]
-    return replace(its, test=_joined(changed), finetunes=_finetunes(its.model, own, seed, progress))
+    own = [
+        _with(its.images, CHANGES[i](its.images.pixels)) for i in np.random.default_rng(seed).permutation(len(CHANGES))
+    ]
+    tested = its.test.pixels.clone()
+    for i, change in enumerate(CHANGES):
+        tested[i :: len(CHANGES)] = change(tested[i :: len(CHANGES)])
+    return replace(its, test=_with(its.test, tested), finetunes=_finetunes(its.model, own, seed, progress))
 
 
 CHANGES: Sequence[Callable[[Tensor], Tensor]] = (
@@ -212,15 +220,8 @@ def _probed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
     return replace(its, model=pipeline.run(its.model, probe, Context(training=its.images, seed=seed)))
 
 
-def _changed(examples: Examples, change: Callable[[Tensor], Tensor]) -> Examples:
-    return Examples(change(examples.pixels), examples.labels, examples.preprocess, examples.source)
-
-
-def _joined(parts: Sequence[Examples]) -> Examples:
-    import torch
-
-    labels = torch.cat([part.labels for part in parts if part.labels is not None])
-    return Examples(torch.cat([part.pixels for part in parts]), labels, parts[0].preprocess, parts[0].source)
+def _with(examples: Examples, pixels: Tensor) -> Examples:
+    return Examples(pixels, examples.labels, examples.preprocess, examples.source)
 
 
 def _finetunes(model: Model, own: Sequence[Examples], seed: int, progress: Progress) -> tuple[Finetune, ...]:
@@ -235,7 +236,7 @@ def _finetunes(model: Model, own: Sequence[Examples], seed: int, progress: Progr
 
 def before(model: Model, start: Start) -> float:
     """Top-1 of what the recipe began from, in percent."""
-    return train.top1(start.model, start.test)
+    return start.top1_pct
 
 
 def eigenvalue(model: Model, start: Start, images: int = 256, rounds: int = 15) -> float:
