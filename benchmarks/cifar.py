@@ -75,8 +75,8 @@ SMALL = {
     "deit": Small(
         model="timm:vit_tiny_patch16_224",
         size=32,
-        training=Finetune(epochs=10.0, rate=1e-3, precision="bf16"),
-        kwargs={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3},
+        training=Finetune(epochs=10.0, rate=1e-3),
+        kwargs={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
     ),
     "swin": Small(
         model="timm:swin_tiny_patch4_window7_224",

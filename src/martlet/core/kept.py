@@ -29,12 +29,14 @@ class Kept:
 
     def save(self, key: str, tensors: Mapping[str, Tensor], data: Any) -> None:
         """Writes beside, then renames. data: anything that JSON holds."""
+        import torch
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{key}.safetensors"
         partial = file.with_suffix(f".{os.getpid()}.partial")  # two processes may be at the same step
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        # copies, as no two names may share memory; in the order of the axes, which convolutions' weights may not be
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(copies, partial, metadata={"data": json.dumps(data)})
         partial.replace(file)
 

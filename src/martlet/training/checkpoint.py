@@ -44,6 +44,11 @@ class State:
         for name, tensor in _under("optimizer", tensors).items():
             i, _, moment = name.partition(".")
             moments.setdefault(int(i), {})[moment] = tensor
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for i, state in moments.items():  # each laid out in memory as its parameter is, or sums are of other roundings
+            for moment, tensor in state.items():
+                if tensor.shape == parameters[i].shape:
+                    state[moment] = torch.empty_like(parameters[i], dtype=tensor.dtype).copy_(tensor)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.history.load_(data["history"], _under("best", tensors))

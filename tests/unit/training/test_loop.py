@@ -104,6 +104,21 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_weights(technique, steps, tm
         assert again.steps[0].record == whole.steps[0].record
 
 
+def test_weights_laid_out_for_convolutions_go_on_to_the_same_weights(tmp_path, monkeypatch):
+    def model():
+        model = vit(patch_size=4)
+        model.module.to(memory_format=torch.channels_last)
+        assert not model.module.patch_embed.proj.weight.is_contiguous()
+        return model
+
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    whole = trained(MIXED, Context(training=examples(), seed=4), model())
+    context = Context(training=examples(), seed=4, kept=Kept(tmp_path))
+    with pytest.raises(Halt):
+        trained(MIXED, replace(context, progress=stopping_at(3)), model())
+    assert same(trained(MIXED, context, model()), whole)
+
+
 def test_a_checkpoint_that_misses_a_moment_gives_other_weights(tmp_path, monkeypatch):
     """The test above can fail."""
     from martlet.training.checkpoint import State
