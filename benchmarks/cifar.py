@@ -1,37 +1,14 @@
-"""Trains the small models that quantizing and pruning are measured on beside ViTs, on CIFAR-10.
-
-    python benchmarks/cifar.py deit swin hybrid efficientvit mamba --out DIR        # half an hour each on two cores
-
-As `martlet train` does: DIR/NAME is the artifact, with its curves, and a training that was stopped goes on. Besides
-writes DIR/NAME.safetensors, and to results/cifar.json how it was trained, its curves, and its top-1 on the test images.
-What is in DIR already isn't trained again. `load` gives a trained one to other benchmarks: of that folder, or of
-`weights` beside this file, which has some of them, in float16.
-"""
+"""CIFAR-10 as benchmarks read it, and what a model says of many images."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import peers
-from martlet.cli.terminal import note, working
-from martlet.core import report
-from martlet.core.errors import MartletError, UsageError
-from martlet.core.recipe import Recipe
-from martlet.core.technique import Progress
-from martlet.data import open_images
-from martlet.measure.macs import macs
-from martlet.source import load_model
-from martlet.techniques.tune.finetune import Finetune
-from martlet.training.job import train as martlet_train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,143 +17,13 @@ if TYPE_CHECKING:
     from martlet.data.images import Images
 
 ASSETS = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
-KEPT = Path(__file__).parent / "weights"
 CLASSES = 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def preprocess(side: int) -> dict[str, Any]:
-    """Of the images of CIFAR-10, for a model that takes so many pixels down and across."""
+    """For a model that takes so many pixels down and across."""
     return {"size": (side, side), "resize": side, "mean": MEAN, "std": STD}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Small:
-    """A model cut down to what CIFAR-10 needs. size: side of the images it takes, in pixels."""
-
-    model: str
-    size: int
-    training: Finetune
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def load(self, weights: str | Path, seed: int = 0) -> Model:
-        """The model, random or from a file."""
-        return load_model(
-            self.model,
-            weights=weights,
-            num_classes=CLASSES,
-            model_kwargs=self.kwargs,
-            preprocess=preprocess(self.size),
-            seed=seed,
-        )
-
-
-SMALL = {
-    "deit": Small(
-        model="timm:vit_tiny_patch16_224",
-        size=32,
-        training=Finetune(epochs=10.0, rate=1e-3),
-        kwargs={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
-    ),
-    "swin": Small(
-        model="timm:swin_tiny_patch4_window7_224",
-        size=32,
-        training=Finetune(epochs=12.0, rate=1e-3, precision="bf16"),
-        kwargs={
-            "img_size": 32,
-            "patch_size": 4,
-            "window_size": 4,
-            "embed_dim": 96,
-            "depths": [2, 4],
-            "num_heads": [3, 6],
-            "drop_path_rate": 0.0,
-        },
-    ),
-    "hybrid": Small(model="timm:mobilevit_xxs", size=64, training=Finetune(epochs=5.0, rate=2e-3)),
-    "efficientvit": Small(model="timm:efficientvit_b0", size=64, training=Finetune(epochs=5.0, rate=2e-3)),
-    "mamba": Small(
-        model="martlet:efficientvmamba_tiny",
-        size=32,
-        training=Finetune(epochs=6.0, rate=2e-3),
-        kwargs={"dim": 32, "depths": [2, 2, 2], "states": 8},
-    ),
-}
-
-
-def load(name: str, folder: Path) -> Model:
-    """A model that was trained before.
-
-    Raises:
-        UsageError: it wasn't.
-    """
-    file = next((f / f"{name}.safetensors" for f in (folder, KEPT) if (f / f"{name}.safetensors").is_file()), None)
-    if file is None:
-        raise UsageError(
-            f"{folder / name}.safetensors isn't there; python benchmarks/cifar.py {name} --out {folder} trains it"
-        )
-    return SMALL[name].load(file)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the command line names. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(SMALL), metavar="NAME", help=" or ".join(SMALL))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--results", type=Path, default=peers.ROOT / "results" / "cifar.json")
-    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data/cifar10")
-    options = parser.parse_args(argv)
-    try:
-        for name in options.names:
-            if (options.out / f"{name}.safetensors").is_file():
-                note(f"{name} is in {options.out} already")
-                continue
-            with working(f"train {name}") as progress:
-                row = train(name, options.assets, options.out, progress)
-            found = options.results
-            before = json.loads(found.read_text(encoding="utf-8"))["rows"] if found.is_file() else []
-            rows = [*(its for its in before if its["name"] != name), row]
-            peers.keep(found, {"benchmark": "cifar", "rows": rows}, peers.PACKAGES)
-            note(f"{name}: top-1 {row['top1_pct']:.1f} % in {row['seconds']:.0f} s")
-    except MartletError as error:
-        note(str(error))
-        return error.exit_status
-    return 0
-
-
-def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int = 0) -> dict[str, Any]:
-    """Trains one as `martlet train` does, and writes its weights. Returns its row."""
-    import torch
-    from safetensors.torch import save_file
-
-    small, data = SMALL[name], assets / "data" / "cifar10"
-    model = small.load("random", seed)
-    model.module.to(memory_format=torch.channels_last)  # which convolutions on a CPU take faster
-    recipe = Recipe((small.training,))
-    artifact = martlet_train(
-        model, images=open_images(data / "train.parquet"), recipe=recipe, out=folder / name, progress=progress
-    )
-    trained = artifact.model()
-    tested, truth = read(open_images(data / "test.parquet"), trained)
-    found = logits(trained, tested)
-    weights = folder / f"{name}.safetensors"
-    save_file({k: v.contiguous() for k, v in trained.module.state_dict().items()}, f"{weights}.part")
-    os.replace(f"{weights}.part", weights)
-    (step,) = trained.steps
-    return {
-        "name": name,
-        "model": small.model,
-        "kwargs": dict(small.kwargs),
-        "size": small.size,
-        "parameters": sum(parameter.numel() for parameter in trained.module.parameters()),
-        "macs": macs(trained),
-        "recipe": str(recipe),
-        "seed": seed,
-        "n_images": len(truth),
-        "top1_pct": 100 * float((found.argmax(1) == truth).float().mean()),
-        "training": step.record,
-        "seconds": step.seconds,
-        "environment": report.environment(peers.PACKAGES),
-    }
 
 
 def read(images: Images, model: Model) -> tuple[Tensor, Tensor]:
@@ -193,7 +40,3 @@ def logits(model: Model, x: Tensor) -> Tensor:
 
     with torch.inference_mode():
         return torch.cat([model.module(part) for part in x.split(250)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

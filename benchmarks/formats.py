@@ -1,8 +1,8 @@
 """Number formats, compared: accuracy, size and latency of each on every engine, over pretrained backbones.
 
-    python benchmarks/cifar.py swin hybrid mamba --out DIR                # once, for three of the five models
-    python benchmarks/formats.py --cifar DIR                              # all of it
-    python benchmarks/formats.py --cifar DIR --parts latency --again      # the times anew, on a quiet machine
+    python benchmarks/small_models.py swin hybrid mamba --out DIR                # once, for three of the five models
+    python benchmarks/formats.py --small DIR                              # all of it
+    python benchmarks/formats.py --small DIR --parts latency --again      # the times anew, on a quiet machine
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Accuracy is that of the engine's
 file; where only weights are rounded, which engines read alike, it is measured on the first engine alone. Times are of
@@ -25,6 +25,7 @@ import numpy as np
 
 import cifar
 import peers
+import small_models
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline
@@ -85,11 +86,6 @@ def _imagenet(data: Path, seed: int) -> tuple[Images, list[Images]]:
     return calibration, [sample, rest]
 
 
-def _cifar(data: Path, seed: int) -> tuple[Images, list[Images]]:
-    train, test = (open_images(data / "cifar10" / f"{name}.parquet") for name in ("train", "test"))
-    return train, [test]
-
-
 def _timm(name: str) -> Callable[[argparse.Namespace], Model]:
     def load(options: argparse.Namespace) -> Model:
         from martlet.source import load_model
@@ -102,15 +98,23 @@ def _timm(name: str) -> Callable[[argparse.Namespace], Model]:
     return load
 
 
+def _small(name: str) -> Subject:
+    folder = small_models.SMALL[name].data
+
+    def images(data: Path, seed: int) -> tuple[Images, list[Images]]:
+        train, test = (open_images(data / folder / f"{part}.parquet") for part in ("train", "test"))
+        return train, [test]
+
+    said = {"cifar10": "CIFAR-10", "tiny-imagenet-200": "Tiny-ImageNet"}[folder]
+    return Subject(load=lambda options: small_models.load(name, options.small), images=images, data=said)
+
+
 SUBJECTS = {
     **{
         name: Subject(load=_timm(name), images=_imagenet, data="ImageNet-1k")
         for name in ("vit_tiny_patch16_224", "efficientnet_lite0")
     },
-    **{
-        name: Subject(load=lambda options, name=name: cifar.load(name, options.cifar), images=_cifar, data="CIFAR-10")
-        for name in cifar.SMALL
-    },
+    **{name: _small(name) for name in small_models.SMALL},
 }
 
 
@@ -345,7 +349,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure these parts anew where they are in --out already")
     parser.add_argument("--minutes", type=float, default=1.0, help="of timing, for each model (default: 1)")
     parser.add_argument("--threads", type=int, default=cores(), help="of the engines (default: every core)")
-    parser.add_argument("--cifar", type=Path, default=Path("runs/cifar"), help="folder that benchmarks/cifar.py wrote")
+    parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")
     parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
     parser.add_argument("--work", type=Path, default=Path("runs/formats"), help="folder for what engines run")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/formats.json", help="results/formats.json")

@@ -56,6 +56,8 @@ ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
 MERGING = "tome: {r: {1: 12, 4: 10}}"
 TUNED = "epochs: 8.0, batch: 64"
 REPLAYED = "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, stored: '{folder}/answers'}]"
+STEPS_ALONE = "e2e_qp: {epochs: 32.0, batch: 32}"
+TWO = "weight_bits: 2, activation_bits: 8, ranges: mse"
 HALF = f"{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005"
 AFTER = "epochs: 5.0, batch: 64, rate: 0.0005"
 SPARSE = "sparsegpt: {zeros: 4, of: 8, run: 2}"
@@ -111,11 +113,28 @@ COMPARISONS = {
             "teacher_intervention, none": f"[{HALF}, intervened: 0.0}}]",
         },
     ),
+    "two bits": Comparison(
+        start=tasks.imagenet,
+        recipes={
+            "round to nearest": f"[fuse, uniform: {{{TWO}}}]",
+            "gptq": "[fuse, gptq: {bits: 2, group_size: 0}]",
+            "gptq, groups of 32": "[fuse, gptq: {bits: 2}]",
+            "efficient-qat": f"[fuse, uniform: {{{TWO}, steps: 300, freedom: all}}, {STEPS_ALONE}]",
+        },
+    ),
     "pruned": Comparison(
         start=tasks.trained,
         recipes={
             way: f"[{way}: {{prune_ratio: 0.4}}, distill: {{{AFTER}}}]"
             for way in ("magnitude", "taylor", "nvit", "ziplm")
+        },
+        measures={"before_pct": tasks.before},
+    ),
+    "fewer blocks": Comparison(
+        start=tasks.trained,
+        recipes={
+            way: f"[fusegpt: {{blocks: 1, fuse: {fuse}}}, distill: {{{AFTER}}}]"
+            for way, fuse in (("dropped", "false"), ("fusegpt", "true"))
         },
         measures={"before_pct": tasks.before},
     ),
@@ -244,7 +263,7 @@ def one(comparison: Comparison, way: str, start: Start, folder: str, seed: int, 
     """A row: what one recipe makes of a start."""
     recipe = Recipe.from_yaml(f"martlet: 1\npasses: {comparison.recipes[way].replace('{folder}', folder)}")
     context = Context(
-        images=Calibration(start.pool, start.model.preprocess, n=64, seed=seed),
+        images=Calibration(start.pool, start.model.preprocess, n=start.calibrated_on, seed=seed),
         training=start.images,
         teacher=start.teacher,
         finetunes=start.finetunes,

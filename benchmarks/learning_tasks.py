@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import peers
 import train
 from cifar import CLASSES, preprocess
 from martlet.core import pipeline
@@ -17,13 +18,14 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress
 from martlet.data import open_images
+from martlet.data.calibration import Calibration
 from martlet.data.examples import Examples
 from martlet.merging.technique import Finetune
 from martlet.source import load_model
 from martlet.training.job import train as martlet_train
 from martlet.vit.image_size import set_image_size_
 from martlet.vit.view import view
-from tuning_tasks import base, few, renewed
+from tuning_tasks import WEIGHTS, base, few, renewed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 FEW, NUM_TEST = 2000, 5000
 """Images of CIFAR-10 to learn from, and others to test on."""
+FEWEST = 128
+"""Images of ImageNet to learn from, where rounding is learned."""
 PIXELS = 64
 """The side of images that ViT-Ti is tuned on, which has patches of 16."""
 MOST, IMBALANCE, TAIL = 1000, 100, 3
@@ -43,7 +47,10 @@ ALONE = "martlet: 1\npasses: [{}]"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What all recipes of a comparison are given. pool: the images that are learned from, to calibrate with."""
+    """What all recipes of a comparison are given.
+
+    pool: the images that are learned from, of which so many are to calibrate with.
+    """
 
     model: Model
     pool: Images
@@ -51,6 +58,7 @@ class Start:
     test: Examples
     teacher: Model | None = None
     finetunes: Sequence[Finetune] = ()
+    calibrated_on: int = 64
 
     @cached_property
     def top1_pct(self) -> float:
@@ -151,6 +159,21 @@ def rare(labels: Tensor | None, seed: int) -> Tensor:
         n = round(MOST * IMBALANCE ** (-k / (CLASSES - 1)))
         chosen.append(chance.permutation(np.flatnonzero(labels.numpy() == k))[:n])
     return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def imagenet(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """ViT-Ti with ImageNet weights, and images of ImageNet without labels."""
+    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS)
+    pool = open_images(assets / "data" / peers.VALIDATION / "test.parquet", limit=FEWEST, seed=seed)
+    test = open_images(assets / "data" / peers.SAMPLE / "test.parquet")
+    images = Calibration(pool, model.preprocess, n=FEWEST, seed=seed)
+    return Start(
+        model=model,
+        pool=pool,
+        images=Examples.unlabelled(images, model.preprocess),
+        test=Examples.read(test, model.preprocess, 1000, progress),
+        calibrated_on=FEWEST,
+    )
 
 
 def tuned(assets: Path, folder: Path, seed: int, progress: Progress, pixels: int = PIXELS, images: int = FEW) -> Start:

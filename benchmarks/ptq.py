@@ -1,7 +1,7 @@
 """Few bits, compared: every shipped method on the same models, bits, calibration images and test images.
 
-    python benchmarks/cifar.py swin hybrid mamba --out DIR       # once, for the models that aren't ViT-Ti
-    python benchmarks/ptq.py --cifar DIR                         # the whole grid: hours on two cores
+    python benchmarks/small_models.py swin hybrid mamba --out DIR       # once, for the models that aren't ViT-Ti
+    python benchmarks/ptq.py --small DIR                         # the whole grid: hours on two cores
     python benchmarks/ptq.py --models vit_tiny --recipes adalog martlet --bits w4a4 w3a3
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch:
@@ -22,6 +22,7 @@ import numpy as np
 
 import cifar
 import peers
+import small_models
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
@@ -90,11 +91,11 @@ SUBJECTS = {
     ),
     **{
         name: Subject(
-            load=lambda options, name=name: cifar.load(name, options.cifar),
-            calibration="cifar10/train.parquet",
-            test="cifar10/test.parquet",
+            load=lambda options, name=name: small_models.load(name, options.small),
+            calibration=f"{small.data}/train.parquet",
+            test=f"{small.data}/test.parquet",
         )
-        for name in cifar.SMALL
+        for name, small in small_models.SMALL.items()
     },
 }
 
@@ -260,7 +261,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--others", nargs="*", default=list(OTHERS), metavar="NAME", help="with whatever bits they have"
     )
-    parser.add_argument("--cifar", type=Path, default=Path("runs/cifar"), help="folder that benchmarks/cifar.py wrote")
+    parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")
     parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/ptq.json", help="results/ptq.json")
     return parser.parse_args(argv)

@@ -142,7 +142,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=ptq.SUBJECTS, default=["hybrid"], metavar="NAME")
     parser.add_argument("--bits", nargs="*", metavar="wXaY", help="other than the study's own")
     parser.add_argument("--test-images", type=int, default=500, metavar="N")
-    parser.add_argument("--cifar", type=Path, default=Path("runs/cifar"), help="folder that benchmarks/cifar.py wrote")
+    parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")
     parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/studies.json", help="results/studies.json")
     return parser.parse_args(argv)

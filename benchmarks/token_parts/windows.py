@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar
+import small_models
 from martlet.cli.terminal import working
 from martlet.core import pipeline
 from martlet.core.recipe import Recipe
@@ -25,9 +26,10 @@ BUDGETS = (0.8, 0.65, 0.5)
 
 
 def windows(assets: Path, seed: int, known: set[str]) -> Iterator[dict[str, Any]]:
-    """The Swin of `benchmarks/cifar.py` under budgets, by searched ratios and by one ratio in all blocks."""
-    small = cifar.SMALL["swin"]
-    model = replace(small, size=SIDE, kwargs={**small.kwargs, "img_size": SIDE}).load(cifar.KEPT / "swin.safetensors")
+    """The Swin of `benchmarks/small_models.py` under budgets, by searched ratios and by one ratio in all blocks."""
+    small = small_models.SMALL["swin"]
+    larger = replace(small, size=SIDE, kwargs={**small.kwargs, "img_size": SIDE})
+    model = larger.load(small_models.KEPT / "swin.safetensors")
     pool, data = {}, assets / "data" / "cifar10"
     for part, n in (("train", SEARCH), ("test", TEST)):
         pool[part] = cifar.read(open_images(data / f"{part}.parquet", limit=n, seed=seed), model)

@@ -29,8 +29,14 @@ ABOUT = {
     "token (2404.02900).",
     "quantized": "The small ViT that knows CIFAR-10, its weights rounded to 2 bits (simulated). `teacher_intervention` "
     "is to reach in half the steps what `lsq` does (2302.11812); *none* is the same without intervention.",
+    "two bits": "ViT-Ti with ImageNet weights; weights of 2 bits with a scale for each output, activations of 8 "
+    "(simulated), from images without labels. `gptq` leaves activations and the convolution of patches in floating "
+    "point, and uses three of the four codes. Learning block by block, and then steps end to end, is to beat both "
+    "(2407.11062).",
     "pruned": "The small ViT that knows CIFAR-10, 40 % of its MACs cut, and trained on its own answers. Rankings by "
     "curvature are to keep more than magnitude (`nvit`, 2110.04869).",
+    "fewer blocks": "The same without one of its four blocks, trained on its own answers. Fusing it into the block "
+    "before is to keep more than dropping it (2411.14507).",
     "factorized": "The same, a third of its Linears' weights saved by low rank. `pela` is to bring back more than "
     "logits alone (2310.10700).",
     "shared": "The same, each two blocks sharing their weights. Learning how tokens attend to each other is to bring "

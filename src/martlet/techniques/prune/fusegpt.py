@@ -34,6 +34,7 @@ class FuseGPT(Technique):
 
     Args:
         blocks: how many to take out; 0 takes none.
+        fuse: False drops the same blocks and fits nothing, to compare.
 
     Shape: unchanged; the depth falls.
     Needs: some hundred calibration images, without labels. The first block of each stage stays.
@@ -56,6 +57,7 @@ class FuseGPT(Technique):
     needs_images: ClassVar[bool] = True
 
     blocks: int = 1
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         if self.blocks < 0:
@@ -81,7 +83,10 @@ class FuseGPT(Technique):
             removed.append(kept[least])
             remove_block_(view(twin), least)
             context.progress("choosing blocks", len(removed), self.blocks)
-        if removed:
+        if not self.fuse:
+            for number in sorted(removed, reverse=True):
+                remove_block_(view(model.module), number)
+        elif removed:
             cut_and_repair_(model.module, {}, images, removed=removed, progress=context.progress)
         return record_of(before, [i for i in range(len(before.blocks)) if i not in removed], view(model.module))
 
