@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py                      # some hours of one thread
     python benchmarks/learning.py random tuned         # these comparisons alone
+    python benchmarks/learning.py --workers 2          # seeds side by side
 
 A comparison gives all of its recipes the same model and images, seed by seed, and tests them on the same others; the
 first recipe is what the others are held against. Its rows that are there already aren't done again. Time is the
@@ -12,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import queue
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +31,11 @@ import train
 from cifar import ASSETS
 from learning_tasks import Start
 from martlet.cli.terminal import note, working
-from martlet.core import pipeline
+from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Progress
+from martlet.core.technique import Context, Progress, silent
 from martlet.data.calibration import Calibration
 from martlet.measure.macs import macs
 
@@ -225,38 +230,105 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results" / "learning.json")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder with data and weights")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with a seed of its own")
     options = parser.parse_args(argv)
     if unknown := set(options.names) - COMPARISONS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such comparison; there are {', '.join(COMPARISONS)}")
     document = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"rows": []}
     document |= {"benchmark": "learning"}
     try:
-        for name in options.names or COMPARISONS:
-            with working(name) as progress:
-                for row in measure(name, options.assets, options.seeds, document["rows"], progress):
-                    document["rows"].append(row)
-                    peers.keep(options.out, document, PACKAGES)
+        units = wanted(options.names or [*COMPARISONS], options.seeds, document["rows"])
+        several = options.workers > 1
+        rows = side_by_side(units, options.assets, options.workers) if several else in_turn(units, options.assets)
+        for row in rows:
+            note(f"{row['comparison']}, {row['way']}, seed {row['seed']}: {row['top1_pct']:.1f} %")
+            document["rows"].append(row)
+            document["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+            peers.write(options.out, document)
     except MartletError as error:
         note(str(error))
         return error.exit_status
     return 0
 
 
-def measure(
-    name: str, assets: Path, seeds: Sequence[int] | None, rows: Sequence[Mapping[str, Any]], progress: Progress
+Unit = tuple[str, int, Sequence[str]]
+"""Of a comparison's seed, the ways that aren't measured yet: they get the same start."""
+
+
+def wanted(names: Sequence[str], seeds: Sequence[int] | None, rows: Sequence[Mapping[str, Any]]) -> list[Unit]:
+    """What is missing, seed by seed."""
+    done = {(row["comparison"], row["way"], row["seed"]) for row in rows}
+    return [
+        (name, seed, missing)
+        for name in names
+        for seed in COMPARISONS[name].seeds
+        if (seeds is None or seed in seeds)
+        and (missing := [way for way in COMPARISONS[name].recipes if (name, way, seed) not in done])
+    ]
+
+
+def in_turn(units: Sequence[Unit], assets: Path) -> Iterator[dict[str, Any]]:
+    """Rows as they come, from this process."""
+    for unit in units:
+        with working(unit[0]) as progress:
+            yield from measure(unit, assets, progress)
+
+
+def side_by_side(
+    units: Sequence[Unit], assets: Path, workers: int, fill: Callable[[Unit, Path], Iterator[Any]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a comparison that aren't there yet, seed by seed."""
-    comparison, done = COMPARISONS[name], {(row["comparison"], row["way"], row["seed"]) for row in rows}
-    for seed in comparison.seeds if seeds is None else [seed for seed in comparison.seeds if seed in seeds]:
-        missing = [way for way in comparison.recipes if (name, way, seed) not in done]
-        if not missing:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            start = comparison.start(assets, Path(folder), seed, progress)
-            for way in missing:
-                row = one(comparison, way, start, folder, seed, progress)
-                note(f"{name}, {way}, seed {seed}: {row['top1_pct']:.1f} % in {row['cpu_seconds']:.0f} s")
-                yield {"comparison": name, **row}
+    """Rows as they come from so many processes. fill: what gives the rows of one unit, at the top of a module.
+
+    Raises:
+        MartletError: of the first process that raises one; what others had begun is lost.
+    """
+    context = multiprocessing.get_context("spawn")
+    rows = context.Queue()
+    with ProcessPoolExecutor(workers, context, _connect, (rows,)) as pool, working("comparisons") as progress:
+        futures = [pool.submit(_fill, fill or measure, unit, assets) for unit in units]
+        try:
+            left = len(units)
+            while left:
+                try:
+                    row = rows.get(timeout=1.0)
+                except queue.Empty:
+                    for future in futures:
+                        if future.done():
+                            future.result()
+                    continue
+                if row is not None:
+                    yield row
+                    continue
+                left -= 1  # a unit is through, and all its rows are here
+                progress("comparisons", len(units) - left, len(units))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _connect(rows: Any) -> None:
+    global _rows
+    _rows = rows
+
+
+def _fill(fill: Callable[[Unit, Path], Iterator[Any]], unit: Unit, assets: Path) -> None:
+    """In a process of `side_by_side`."""
+    for row in fill(unit, assets):
+        _rows.put(row)
+    _rows.put(None)
+
+
+_rows: Any = None
+"""Where a process of `side_by_side` puts what it finds."""
+
+
+def measure(unit: Unit, assets: Path, progress: Progress = silent) -> Iterator[dict[str, Any]]:
+    """Rows of one seed of a comparison."""
+    name, seed, ways = unit
+    comparison = COMPARISONS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        start = comparison.start(assets, Path(folder), seed, progress)
+        for way in ways:
+            yield {"comparison": name, **one(comparison, way, start, folder, seed, progress)}
 
 
 def one(comparison: Comparison, way: str, start: Start, folder: str, seed: int, progress: Progress) -> dict[str, Any]:
@@ -288,6 +360,7 @@ def one(comparison: Comparison, way: str, start: Start, folder: str, seed: int, 
         "macs_removed_ratio": 1 - macs(done) / macs(start.model),
         "top1_pct": train.top1(done, start.test),
         **{name: function(done, start) for name, function in comparison.measures.items()},
+        "environment": report.environment(PACKAGES),
     }
 
 

@@ -1,6 +1,7 @@
 """benchmarks/learning.py: classes fall off evenly, the curvature is the Hessian's, and the page counts right."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from martlet.core.errors import UsageError
 from martlet.core.model import Model
 from martlet.data.examples import Examples
 from martlet.source import load_model
@@ -120,16 +122,42 @@ def row(way: str, seed: int, top1: float) -> dict[str, Any]:
         "cpu_seconds": 1.0,
         "macs_removed_ratio": 0.0,
         "top1_pct": top1,
+        "environment": {"cpu": "a", "cores": 2, "versions": {"torch": "2"}},
     }
 
 
 def test_the_page_counts_the_seeds_that_are_above() -> None:
     reached = {"finetune": (50.0, 60.0), "sam": (51.0, 58.0)}
     rows = [row(way, seed, value) for way, values in reached.items() for seed, value in enumerate(values)]
-    environment = {"cpu": "a", "cores": 2, "versions": {"torch": "2"}}
-    text = page.page({"rows": rows, "environment": environment})
+    text = page.page({"rows": rows})
     assert "| sam | `[sam]` | 54.5 (51.0 to 58.0) | -0.5 (1 of 2) |" in text
     assert "| finetune | `[finetune]` | 55.0 (50.0 to 60.0) | – |" in text
+
+
+def numbered(unit: Any, _assets: Path) -> Iterator[dict[str, Any]]:
+    """In place of training, in other processes."""
+    name, seed, ways = unit
+    for way in ways:
+        if name == "wrong":
+            raise UsageError("no such images")
+        yield {"comparison": name, "way": way, "seed": seed}
+
+
+def test_what_is_measured_already_is_not_asked_for_again() -> None:
+    rows = [row(way, 0, 50.0) for way in learning.COMPARISONS["random"].recipes] + [row("sam", 1, 50.0)]
+    assert learning.wanted(["random"], None, rows) == [
+        ("random", 1, ["finetune", "coat", "skipvit"]),
+        ("random", 2, [*learning.COMPARISONS["random"].recipes]),
+    ]
+    assert learning.wanted(["random"], [0], rows) == []
+
+
+def test_processes_give_every_row_once_and_what_went_wrong() -> None:
+    units = [("a", seed, ["one", "two"]) for seed in range(3)]
+    found = [*learning.side_by_side(units, Path(), 2, numbered)]
+    assert sorted((r["seed"], r["way"]) for r in found) == [(s, w) for s in range(3) for w in ("one", "two")]
+    with pytest.raises(UsageError, match="no such images"):
+        [*learning.side_by_side([("wrong", 0, ["one"])], Path(), 1, numbered)]
 
 
 def test_every_comparison_is_told_of_on_the_page() -> None:

@@ -93,7 +93,7 @@ def page(document: Mapping[str, Any]) -> str:
     for name, about in ABOUT.items():
         if rows := comparisons.get(name):
             lines += ["", f"## {name.capitalize()}", "", f"{about} {_images(rows)}", "", *_table(rows)]
-    return "\n".join([*lines, "", measured_on([document]), ""])
+    return "\n".join([*lines, "", measured_on(document["rows"]), ""])
 
 
 def _images(rows: Sequence[Mapping[str, Any]]) -> str:
