@@ -38,6 +38,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, silent
 from martlet.data.calibration import Calibration
 from martlet.measure.macs import macs
+from martlet.measure.size import params
 
 PACKAGES = ("torch", "timm", "peft", "accelerate", "numpy")
 
@@ -357,16 +358,12 @@ def one(comparison: Comparison, way: str, start: Start, folder: str, seed: int, 
         "simulated": done.simulated,
         "steps": record.get("steps", 0),
         "cpu_seconds": seconds,
-        "parameters_removed_ratio": 1 - _size(done) / _size(start.model),
+        "parameters_removed_ratio": 1 - params(done.module) / params(start.model.module),
         "macs_removed_ratio": 1 - macs(done) / macs(start.model),
         "top1_pct": train.top1(done, start.test),
         **{name: function(done, start) for name, function in comparison.measures.items()},
         "environment": report.environment(PACKAGES),
     }
-
-
-def _size(model: Model) -> int:
-    return sum(parameter.numel() for parameter in model.module.parameters())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Context, Progress, Technique
 from martlet.engine.base import cores
 from martlet.measure import latency
+from martlet.measure.size import params
 from martlet.vit.budget import total_macs
 from martlet.vit.latency_law import fit_law, read_law
 from martlet.vit.structure import BlockShape, restore_structure_, shape_of
@@ -173,7 +174,7 @@ class Bench:
             return fixed | {"failed": peers._told(error)}
         return fixed | {
             "macs_removed_ratio": 1 - total_macs(found) / self.macs,
-            "parameters": sum(p.numel() for p in found.module.parameters()),
+            "parameters": params(found.module),
             "top1_pct": self.top1_pct(found) if top1_pct is None else top1_pct,
             "cpu_seconds": round(time.process_time() - start, 1),
             **more,
@@ -230,11 +231,11 @@ class Bench:
         """Without half of attention's parameters, by head and by matrix."""
         comcat = registry.technique("comcat").from_settings({"ratio": 0.5})
         found = {"comcat": self.run(comcat, progress), PER_MATRIX: per_matrix(self.model, 0.5)}
-        whole = sum(p.numel() for p in self.model.module.parameters())
+        whole = params(self.model.module)
         return [
             {
                 "name": name,
-                "parameters_removed": whole - sum(p.numel() for p in model.module.parameters()),
+                "parameters_removed": whole - params(model.module),
                 "macs_removed_ratio": 1 - total_macs(model) / self.macs,
                 "top1_pct": self.top1_pct(model),
             }

@@ -38,6 +38,7 @@ from martlet.data.preprocess import Preprocess
 from martlet.measure.length_distortion import length_distortion
 from martlet.measure.macs import macs_run
 from martlet.measure.ntk_condition import ntk_condition
+from martlet.measure.size import params
 from martlet.models.compound import Factors, mobilevitv2
 from martlet.recipe_search.scaling import factors as gaussian
 from martlet.recipe_search.scaling.growth import Size, grow
@@ -207,7 +208,7 @@ def trained(module: nn.Module, side: int, assets: Path, progress: Progress) -> d
     technique = Finetune(epochs=EPOCHS, rate=RATE, batch=BATCH, warmup=0.1)
     done = pipeline.run(model, Recipe((technique,)), Context(training=training, progress=progress))
     return {
-        "params": sum(parameter.numel() for parameter in module.parameters()),
+        "params": params(module),
         "macs": macs_run(module.eval().to("meta"), (side, side)),
         "top1_pct": top1(done, test),
         "steps": done.steps[-1].record["steps"],

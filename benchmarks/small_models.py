@@ -28,6 +28,7 @@ from martlet.core.recipe import Recipe
 from martlet.core.technique import Progress
 from martlet.data import open_images
 from martlet.measure.macs import macs
+from martlet.measure.size import params
 from martlet.source import load_model
 from martlet.techniques.tune.finetune import Finetune
 from martlet.training.job import train as martlet_train
@@ -167,7 +168,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
         "kwargs": dict(small.kwargs),
         "size": small.size,
         "data": small.data,
-        "parameters": sum(parameter.numel() for parameter in trained.module.parameters()),
+        "parameters": params(trained.module),
         "macs": macs(trained),
         "recipe": str(recipe),
         "seed": seed,

@@ -39,6 +39,7 @@ from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.examples import Examples
 from martlet.measure import latency
+from martlet.measure.size import params
 from martlet.training.technique import Training
 from martlet.vit.image_size import set_image_size_
 from tuning_tasks import WEIGHTS, base, few
@@ -133,7 +134,7 @@ def memory(assets: Path, ways: Sequence[str], rows: Sequence[Mapping[str, Any]],
         yield {
             "way": name,
             "learned": sum(p.numel() for p in learned),
-            "parameters": sum(p.numel() for p in model.module.parameters()),
+            "parameters": params(model.module),
             "activation_bytes": kept,
             "gradient_bytes": sum(p.nbytes for p in learned),
             "moment_bytes": moments,
