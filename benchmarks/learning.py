@@ -12,6 +12,7 @@ processor's, of all threads: set OMP_NUM_THREADS=1 for one.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import queue
@@ -77,6 +78,11 @@ COMPARISONS = {
             "coat": f"[coat: {{{RANDOM}}}]",
             "skipvit": f"[skipvit, finetune: {{{RANDOM}}}]",
         },
+        measures={"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active},
+    ),
+    "few images": Comparison(
+        start=functools.partial(tasks.random, images=500),
+        recipes={way: f"[{way}: {{epochs: 100.0, batch: 64, rate: 0.001}}]" for way in ("finetune", "sam")},
         measures={"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active},
     ),
     "augmented": Comparison(
@@ -190,6 +196,14 @@ COMPARISONS = {
             "sherl": f"[sherl: {{{TUNED}}}]",
             "sherl, no spreading": f"[sherl: {{{TUNED}, spreads: false}}]",
             "sherl, wider": f"[sherl: {{{TUNED}, narrower: 2}}]",
+        },
+    ),
+    "probed": Comparison(
+        start=tasks.probed,
+        recipes={
+            "lora": f"[lora: {{{TUNED}}}]",
+            "lora, half": f"[lora: {{{TUNED.replace('8.0', '4.0')}}}]",
+            "lora_ga, half": f"[lora_ga: {{{TUNED.replace('8.0', '4.0')}}}]",
         },
     ),
     "merged tokens": Comparison(

@@ -88,9 +88,9 @@ def _start(
     )
 
 
-def random(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+def random(assets: Path, folder: Path, seed: int, progress: Progress, images: int = FEW) -> Start:
     """A small ViT with random weights."""
-    return _start(train.small(None, seed), assets, seed, progress)
+    return _start(train.small(None, seed), assets, seed, progress, images=images)
 
 
 def trained(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
@@ -206,7 +206,7 @@ def classes(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
     """As `tuned`, its classifier learned, and two fine-tunes of it, of five classes each, drawn by the seed."""
     import torch
 
-    its = _probed(assets, folder, seed, progress)
+    its = probed(assets, folder, seed, progress)
     labels = its.images.labels
     assert labels is not None
     halves = np.array_split(np.random.default_rng(seed).permutation(CLASSES), 2)
@@ -219,7 +219,7 @@ def domains(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
 
     The seed draws their order. Tested on images of which a fifth is changed in each way.
     """
-    its = _probed(assets, folder, seed, progress)
+    its = probed(assets, folder, seed, progress)
     own = [
         _with(its.images, CHANGES[i](its.images.pixels)) for i in np.random.default_rng(seed).permutation(len(CHANGES))
     ]
@@ -237,7 +237,8 @@ CHANGES: Sequence[Callable[[Tensor], Tensor]] = (
 """Of bytes (N, 3, H, W): none, colors inverted, turned by a quarter, a half and three quarters."""
 
 
-def _probed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+def probed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """As `tuned`, its classifier learned."""
     its = tuned(assets, folder, seed, progress)
     probe = Recipe.from_yaml(ALONE.format("probe: {epochs: 5.0, batch: 64, rate: 0.01}"))
     return replace(its, model=pipeline.run(its.model, probe, Context(training=its.images, seed=seed)))

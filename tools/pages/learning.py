@@ -17,6 +17,8 @@ ABOUT = {
     "reach as much with moments of 8 bits (2410.19313), and `skipvit` as much with 55 % of the patches going around "
     "blocks (2401.15293). *Curvature* is the largest eigenvalue of the loss's Hessian on 256 images that were learned "
     "from, *active* the share of the first MLP's hidden units above 0.",
+    "few images": "From random weights, few images so often that `finetune` learns them by heart. A flatter place is "
+    "to keep from that.",
     "augmented": "From random weights, with strong augmentation of few images. `dea` is to choose better ones than "
     "chance (2210.08363), in much less time than all take.",
     "grown": "An EfficientNetV2 of half the width and depth, from random weights at 64 pixels. `progressive` begins at "
@@ -49,6 +51,8 @@ ABOUT = {
     "what `lora` does (2407.05000), `light_peft` nearly as much with 40 % fewer weights in less time (2406.03792), "
     "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523), "
     "which *wider* takes about as much memory as: 120 and 130 MB of activations at 224 pixels, `sherl` 78.",
+    "probed": "The same with a classifier that was learned first, so that the gradients that `lora_ga` begins from say "
+    "something.",
     "merged tokens": "ViT-Ti with ImageNet weights at 96 pixels, patches being merged by `tome`. `pyra` is to give "
     "back more of what that costs than `lora` (2403.09192).",
     "prompted by 1": "ViT-Ti with ImageNet weights at 64 pixels, one image a class. Prompts that begin from those of "
