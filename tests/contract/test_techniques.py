@@ -61,7 +61,10 @@ NEED_WIDE_LINEARS = ("svd", "afm")
 """Techniques for which a network of convolutions has no Linear that is large enough."""
 NEED_INTEGER_FORMS = ("i_vit",)
 """Techniques that name the operation of a network of convolutions for which they have no form."""
-NEED_BEFORE = {"lsq": "rounded", "e2e_qp": "rounded", "teacher_intervention": "rounded", "pela": "factorized"}
+NEED_BEFORE = {
+    **{"lsq": "rounded", "e2e_qp": "rounded", "teacher_intervention": "rounded"},
+    **{"pela": "factorized", "attach_lora": "split"},
+}
 """Techniques that come after one that does something to the model, and say so."""
 NEED_BEHIND = ("hint_aug",)
 """Techniques that change what the pass right behind them does, and do nothing alone."""

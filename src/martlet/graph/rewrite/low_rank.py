@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional
 
-from martlet.graph.rounding import NamedNodes, tensor
+from martlet.graph.rounding import NamedNodes, missing, tensor
 from martlet.graph.sites import Site, aten, sites
 
 PREFIX = "low_rank."
@@ -39,10 +40,7 @@ def split_linears_(graph_module: GraphModule, rank: int) -> dict[str, int]:
             parameter.copy_(parameter.double() - up @ down)
     add_branches_(graph_module, ranks)
     for name, (up, down) in factors.items():
-        branch = graph_module.get_submodule(PREFIX + name)
-        for parameter, value in ((branch.up, up), (branch.down, down)):
-            assert isinstance(parameter, Tensor)
-            parameter.data.copy_(value)
+        graph_module.get_submodule(PREFIX + name).load_state_dict({"up": up, "down": down})
     return ranks
 
 
@@ -74,6 +72,29 @@ def add_branches_(graph_module: GraphModule, ranks: Mapping[str, int]) -> None:
         total.meta = dict(node.meta)
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def branches(graph_module: GraphModule) -> dict[str, str]:
+    """By the names of the Linears that have one, the nodes' names of them."""
+    found = {site.name: site.node.name for site in sites(graph_module)}
+    layers = dict(graph_module.named_modules())
+    return {name: node for name, node in found.items() if PREFIX + node in layers}
+
+
+def widen_branches_(graph_module: GraphModule, ranks: Mapping[str, int]) -> None:
+    """Gives branches more ranks, by the names of their Linears' nodes. What is added has values to be filled.
+
+    Raises:
+        ArtifactError: the graph has no such branch.
+    """
+    layers = dict(graph_module.named_modules())
+    for name, rank in ranks.items():
+        if PREFIX + name not in layers:
+            raise missing(name)
+        branch = layers[PREFIX + name]
+        more = rank - len(branch.down)
+        up, down = functional.pad(branch.up, (0, more)), functional.pad(branch.down, (0, 0, 0, more))
+        branch.up, branch.down = (nn.Parameter(part, requires_grad=False) for part in (up, down))
 
 
 def in_branch(site: Site) -> bool:

@@ -12,7 +12,7 @@ from martlet.core.errors import NumericsError
 from martlet.functional.quantize.reparameterize import ChannelChange, ScaleReparameterization
 from martlet.graph.rewrite.shifting import has_biases, norms_before_linears
 from martlet.graph.rounding import tensor
-from martlet.graph.sites import module_path
+from martlet.graph.sites import module_path, sites
 from martlet.graph.trace import Walk
 
 Change = Callable[[Tensor, Sequence[Tensor]], ChannelChange]
@@ -57,6 +57,16 @@ def reparameterize_(graph_module: GraphModule, images: Tensor, change: Change) -
                 for parameter, new in zip(own, changes[norm].into_linear(*own), strict=True):
                     parameter.copy_(new)
     return {"reparameterized": len(todo), "layer_norms": len(norms)}
+
+
+def ratios(graph_module: GraphModule) -> dict[str, list[float]]:
+    """By the nodes of Linears that read a changed LayerNorm, what each of their inputs was divided by."""
+    found = {}
+    for site in sites(graph_module):
+        change = site.node.all_input_nodes[0].meta.get(CHANGE)
+        if change is not None:
+            found[site.node.name] = change.ratio.tolist()
+    return found
 
 
 def common_grid(norm: Node) -> ScaleReparameterization | None:

@@ -19,6 +19,7 @@ from martlet.functional.quantize.smoothing import smoothquant_factors
 from martlet.graph.fit import Operand
 from martlet.graph.low_bit import Reparameterized, affine, sample
 from martlet.graph.rewrite.low_rank import add_branches_, in_branch, split_linears_
+from martlet.graph.rewrite.reparameterize import ratios
 from martlet.graph.sites import Site
 from martlet.nn.quantizers import Quantizer
 
@@ -31,7 +32,8 @@ class SVDQuant(Reparameterized):
     """Quantize a vision transformer to few bits beside a low-rank branch that takes the outliers of the weights.
 
     LayerNorm outputs are smoothed into the weights that read them; of every Linear's weight the greatest singular
-    values become two narrow Linears in floating point, and what is left is rounded. The arithmetic is simulated.
+    values become two narrow Linears in floating point, and what is left is rounded. The arithmetic is simulated. A LoRA
+    that was learned on the whole model can join them later, with `attach_lora`.
 
     Args:
         rank: of the branch; 0 has none.
@@ -62,7 +64,9 @@ class SVDQuant(Reparameterized):
 
     def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
         changed = super().prepare_(graph_module, images, context)
-        return {**changed, "ranks": split_linears_(graph_module, self.rank) if self.rank else {}}
+        if not self.rank:
+            return {**changed, "ranks": {}}
+        return {**changed, "ratios": ratios(graph_module), "ranks": split_linears_(graph_module, self.rank)}
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
