@@ -33,8 +33,7 @@ ABOUT = {
     "is to reach in half the steps what `lsq` does (2302.11812); *none* is the same without intervention.",
     "two bits": "ViT-Ti with ImageNet weights; weights of 2 bits with a scale for each output, activations of 8 "
     "(simulated), from images without labels. `gptq` leaves activations and the convolution of patches in floating "
-    "point, and uses three of the four codes. Learning block by block, and then steps end to end, is to beat both "
-    "(2407.11062).",
+    "point. Learning block by block, and then steps end to end, is to beat both (2407.11062).",
     "pruned": "The small ViT that knows CIFAR-10, 40 % of its MACs cut, and trained on its own answers. Rankings by "
     "curvature are to keep more than magnitude (`nvit`, 2110.04869).",
     "fewer blocks": "The same without one of its four blocks, trained on its own answers. Fusing it into the block "

@@ -22,6 +22,8 @@ from martlet.graph.sites import Site, aten, sites
 from martlet.graph.trace import Walk
 from martlet.nn.quantizers import PackedWeightQuantizer
 
+MIRRORED = 4
+"""The fewest bits of which one code can be spared."""
 FEW_ROWS = 0.3  # decision 7: 0.45 for ViT-Ti's classifier, between two dampings that were tried, 0.3 and 0.5
 
 
@@ -33,7 +35,8 @@ class SequentialWeights(Technique):
     (`importance`), and may round a weight in a way of its own (`round`). Activations stay in floating point.
 
     Args:
-        bits: of a weight, from 2 to 8. Codes are signed and mirror: the most negative one isn't used.
+        bits: of a weight, from 2 to 8. With 4 and more, codes are signed and mirror: the most negative one isn't used.
+            Fewer are too few for that, and each scale has a zero point instead.
         group_size: neighbouring input features that share a scale, in each output feature; 0 is all of them. Where
             it doesn't divide a Linear's input features, the largest size below it that does is taken, if it is at
             least half of it; the record says how many Linears have which.
@@ -122,13 +125,13 @@ class SequentialWeights(Technique):
         """A Linear's weight (O, I), rounded for inputs (…, I)."""
         width = self._group_size(name, weight.shape[1])
         flat = None if importance is None else importance.flatten()
+        grid = IntegerGrid(self.bits, symmetric=self.bits >= MIRRORED)
         try:
-            result = self.round(
-                x.flatten(0, -2), weight, flat, IntegerGrid(self.bits), width if width < weight.shape[1] else None
-            )
+            result = self.round(x.flatten(0, -2), weight, flat, grid, width if width < weight.shape[1] else None)
         except NumericsError as error:
             raise NumericsError(f"{self.name}: {name}: {error}") from error
-        return PackedWeightQuantizer(result.codes, result.parameters[..., 0].clone(), self.bits)
+        scale, zero_point = (part.clone() for part in result.parameters.unbind(-1))
+        return PackedWeightQuantizer(result.codes, scale, self.bits, None if grid.symmetric else zero_point)
 
     def _group_size(self, name: str, inputs: int) -> int:
         """The largest size, up to the one asked for, that divides the inputs."""
