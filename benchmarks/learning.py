@@ -91,6 +91,8 @@ COMPARISONS = {
             "dea, random": f"[dea: {{{RANDOM}, choice: random}}]",
             "dea": f"[dea: {{{RANDOM}}}]",
             "dea, all images": f"[dea: {{{RANDOM}, chosen: 1.0, choice: random}}]",
+            "dea, random, whole": f"[dea: {{{RANDOM}, choice: random, whole: true}}]",
+            "dea, whole": f"[dea: {{{RANDOM}, whole: true}}]",
         },
     ),
     "grown": Comparison(

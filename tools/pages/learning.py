@@ -20,7 +20,7 @@ ABOUT = {
     "few images": "From random weights, few images so often that `finetune` learns them by heart. A flatter place is "
     "to keep from that.",
     "augmented": "From random weights, with strong augmentation of few images. `dea` is to choose better ones than "
-    "chance (2210.08363), in much less time than all take.",
+    "chance (2210.08363), in much less time than all take; *whole* sees all images without augmentation besides.",
     "grown": "An EfficientNetV2 of half the width and depth, from random weights at 64 pixels. `progressive` begins at "
     "32 and is to reach as much in less time (2104.00298).",
     "distilled": "A ViT of half the width, from random weights, taught by the small one. `fast_distill` asks the "
