@@ -51,7 +51,7 @@ ABOUT = {
     "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523), "
     "which *wider* takes about as much memory as: 120 and 130 MB of activations at 224 pixels, `sherl` 78.",
     "probed": "The same with a classifier that was learned first, so that the gradients that `lora_ga` begins from say "
-    "something.",
+    "something; it is to reach in half the steps what `lora` does.",
     "merged tokens": "ViT-Ti with ImageNet weights at 96 pixels, patches being merged by `tome`. `pyra` is to give "
     "back more of what that costs than `lora` (2403.09192).",
     "prompted by 1": "ViT-Ti with ImageNet weights at 64 pixels, one image a class. Prompts that begin from those of "

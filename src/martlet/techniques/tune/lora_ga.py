@@ -25,7 +25,8 @@ class LoraGa(Tuning):
     """Learn a task as `lora` does, from updates that begin in the directions of the weights' own gradient.
 
     The factors are singular vectors of the gradient on a few images; what they multiply to is taken off the weight, so
-    the model begins as it was. Loss then falls about as fast as when all weights are trained.
+    the model begins as it was. Loss then falls about as fast as when all weights are trained. A new classifier has
+    nothing to say of the weights yet: let it learn first, `probe | lora_ga`.
 
     Args:
         rank: of each update.
