@@ -92,11 +92,8 @@ SMALL = {
         training=Finetune(epochs=6.0, rate=2e-3),
         kwargs={"dim": 32, "depths": [2, 2, 2], "states": 8},
     ),
-    "mobilevitv2": Small(
-        model="timm:mobilevitv2_050",
-        size=64,
-        training=Finetune(epochs=5.0, rate=2e-3),
-        data="tiny-imagenet-200",
+    "efficientvit_200": Small(
+        model="timm:efficientvit_b0", size=64, training=Finetune(epochs=9.0, rate=2e-3), data="tiny-imagenet-200"
     ),
 }
 
