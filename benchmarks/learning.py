@@ -116,7 +116,6 @@ COMPARISONS = {
             "finetune": f"[finetune: {{{RANDOM}}}]",
             "deit": f"[deit_lt: {{{RANDOM}, beta: 0.0}}]",
             "deit_lt": f"[deit_lt: {{{RANDOM}}}]",
-            "deit_lt, half": f"[deit_lt: {{{RANDOM}, late: 0.5}}]",
         },
         measures={"tail_pct": tasks.tail, "tail_cls_pct": tasks.tail_of_class, "tail_dist_pct": tasks.tail_of_teacher},
     ),

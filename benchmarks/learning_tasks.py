@@ -126,7 +126,11 @@ def convolutions(assets: Path, folder: Path, seed: int, progress: Progress) -> S
 
 
 def long_tailed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
-    """A ViT with a distillation token, few images of some classes, and a ResNet that was trained on these by `sam`."""
+    """A ViT with a distillation token, few images of some classes, and a ResNet that was trained on these by `sam`.
+
+    It saw images of all classes as often, as the paper's teachers weigh them: one that never says the rare ones has
+    nothing to teach of them.
+    """
     student, net = (
         load_model(
             spec,
@@ -145,7 +149,8 @@ def long_tailed(assets: Path, folder: Path, seed: int, progress: Progress) -> St
     rows = rare(whole.images.labels, seed)
     images = whole.images.take(rows)
     recipe = Recipe.from_yaml(ALONE.format("sam: {epochs: 15.0, batch: 64, rate: 0.001}"))
-    context = Context(training=images.at(net.preprocess), seed=seed, progress=progress)
+    seen = images.take(balanced(images.labels, len(images), seed))
+    context = Context(training=seen.at(net.preprocess), seed=seed, progress=progress)
     return replace(whole, images=images, teacher=pipeline.run(net, recipe, context))
 
 
@@ -174,6 +179,17 @@ def imagenet(assets: Path, folder: Path, seed: int, progress: Progress) -> Start
         test=Examples.read(test, model.preprocess, 1000, progress),
         calibrated_on=FEWEST,
     )
+
+
+def balanced(labels: Tensor | None, n: int, seed: int) -> Tensor:
+    """About n rows of labels, of each class as many, drawn again where there are fewer."""
+    import torch
+
+    assert labels is not None
+    chance = np.random.default_rng(seed)
+    own = [np.flatnonzero(labels.numpy() == k) for k in range(CLASSES)]
+    chosen = [chance.choice(rows, n // CLASSES, replace=len(rows) < n // CLASSES) for rows in own]
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
 
 def tuned(assets: Path, folder: Path, seed: int, progress: Progress, pixels: int = PIXELS, images: int = FEW) -> Start:

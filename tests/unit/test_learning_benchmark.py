@@ -96,6 +96,15 @@ def test_classes_have_fewer_images_by_the_same_factor() -> None:
     assert not torch.equal(rows, tasks.rare(labels, seed=1))
 
 
+def test_a_teacher_of_rare_classes_sees_all_as_often() -> None:
+    labels = torch.arange(20_000) % 10
+    labels = labels[tasks.rare(labels, seed=0)]
+    rows = tasks.balanced(labels, 1000, seed=0)
+    assert torch.bincount(labels[rows]).tolist() == [100] * 10
+    assert len(rows[labels[rows] == 0].unique()) == 100  # none again where there are enough
+    assert set(rows[labels[rows] == 9].tolist()) == set((labels == 9).nonzero()[:, 0].tolist())
+
+
 def test_a_head_alone_answers_where_the_other_is_silent(examples: Examples) -> None:
     kwargs = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
     model = load_model("timm:deit_tiny_distilled_patch16_224", model_kwargs=kwargs, num_classes=10, seed=0)

@@ -26,9 +26,9 @@ ABOUT = {
     "distilled": "A ViT of half the width, from random weights, taught by the small one. `fast_distill` asks the "
     "teacher once, and is to reach as much (2207.10666); *replayed* is another student of the same answers.",
     "long-tailed": "A small ViT with a distillation token, from random weights, on classes of which the first has 1000 "
-    "images and the last 10; a ResNet trained on these by `sam` teaches. `deit` is `deit_lt` without weighing classes; "
-    "*half* weighs them in half of the steps and not in a tenth. `deit_lt` is to reach more on the three rare classes, "
-    "and its distillation token more of them than its class token (2404.02900).",
+    "images and the last 10; a ResNet teaches that was trained on these by `sam`, of each class as often. `deit` is "
+    "`deit_lt` without weighing classes. `deit_lt` is to reach more on the three rare classes, and its distillation "
+    "token more of them than its class token (2404.02900).",
     "quantized": "The small ViT that knows CIFAR-10, its weights rounded to 2 bits (simulated). `teacher_intervention` "
     "is to reach in half the steps what `lsq` does (2302.11812); *none* is the same without intervention.",
     "two bits": "ViT-Ti with ImageNet weights; weights of 2 bits with a scale for each output, activations of 8 "

@@ -25,8 +25,8 @@ class DeitLt(Training):
 
     The class token learns the labels; the distillation token a teacher's first answers to the same images, strongly
     changed, as hard labels, and late in training each class by the inverse of its effective number of images. So one
-    becomes good at common classes and one at rare ones. The teacher is best a convolutional network, trained on the
-    same images with `sam`.
+    becomes good at common classes and one at rare ones. The teacher is best a convolutional network, trained with `sam`
+    on the same images, of each class as often: one that never answers with a rare class teaches nothing of it.
 
     Args:
         beta: how effective one more image of a class is, from 0, not at all, to 1, each as the first.
