@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def widen_branches_(graph_module: GraphModule, ranks: Mapping[str, int]) -> None
     for name, rank in ranks.items():
         if PREFIX + name not in layers:
             raise missing(name)
-        branch = layers[PREFIX + name]
+        branch: Any = layers[PREFIX + name]
         more = rank - len(branch.down)
         up, down = functional.pad(branch.up, (0, more)), functional.pad(branch.down, (0, 0, 0, more))
         branch.up, branch.down = (nn.Parameter(part, requires_grad=False) for part in (up, down))
