@@ -1,6 +1,6 @@
 """Number formats, compared: accuracy, size and latency of each on every engine, over pretrained backbones.
 
-    python benchmarks/small_models.py swin hybrid mamba --out DIR                # once, for three of the five models
+    python benchmarks/small_models.py mamba --out DIR              # once each, where weights aren't kept
     python benchmarks/formats.py --small DIR                              # all of it
     python benchmarks/formats.py --small DIR --parts latency --again      # the times anew, on a quiet machine
 
@@ -105,8 +105,8 @@ def _small(name: str) -> Subject:
         train, test = (open_images(data / folder / f"{part}.parquet") for part in ("train", "test"))
         return train, [test]
 
-    said = {"cifar10": "CIFAR-10", "tiny-imagenet-200": "Tiny-ImageNet"}[folder]
-    return Subject(load=lambda options: small_models.load(name, options.small), images=images, data=said)
+    title = small_models.TITLES[folder]
+    return Subject(load=lambda options: small_models.load(name, options.small), images=images, data=title)
 
 
 SUBJECTS = {

@@ -61,7 +61,7 @@ class Comparison:
 RANDOM = "epochs: 20.0, batch: 64, rate: 0.001"
 ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
 MERGING = "tome: {r: {1: 12, 4: 10}}"
-TUNED = "epochs: 8.0, batch: 64"
+TUNED, HALF_TUNED = (f"epochs: {epochs}, batch: 64" for epochs in (8.0, 4.0))
 REPLAYED = "[fast_distill: {epochs: 10.0, batch: 64, rate: 0.001, stored: '{folder}/answers'}]"
 STEPS_ALONE = "e2e_qp: {epochs: 32.0, batch: 32}"
 TWO = "weight_bits: 2, activation_bits: 8, ranges: mse"
@@ -69,6 +69,7 @@ HALF = f"{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005
 AFTER = "epochs: 5.0, batch: 64, rate: 0.0005"
 SPARSE = "sparsegpt: {zeros: 4, of: 8, run: 2}"
 RECOVERED = f"{SPARSE}, distill: {{{AFTER}, features: 1.0}}"
+FLATNESS = {"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active}
 COMPARISONS = {
     "random": Comparison(
         start=tasks.random,
@@ -78,12 +79,12 @@ COMPARISONS = {
             "coat": f"[coat: {{{RANDOM}}}]",
             "skipvit": f"[skipvit, finetune: {{{RANDOM}}}]",
         },
-        measures={"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active},
+        measures=FLATNESS,
     ),
     "few images": Comparison(
         start=functools.partial(tasks.random, images=500),
         recipes={way: f"[{way}: {{epochs: 100.0, batch: 64, rate: 0.001}}]" for way in ("finetune", "sam")},
-        measures={"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active},
+        measures=FLATNESS,
     ),
     "augmented": Comparison(
         start=tasks.random,
@@ -186,7 +187,7 @@ COMPARISONS = {
         start=tasks.tuned,
         recipes={
             "lora": f"[lora: {{{TUNED}}}]",
-            "lora_ga, half": f"[lora_ga: {{{TUNED.replace('8.0', '4.0')}}}]",
+            "lora_ga, half": f"[lora_ga: {{{HALF_TUNED}}}]",
             "light_peft": f"[light_peft: {{{TUNED}, prune_ratio: 0.46}}]",
             "finetune": f"[finetune: {{{TUNED}, rate: 0.0001}}]",
             "bitfit": f"[bitfit: {{{TUNED}}}]",
@@ -203,8 +204,8 @@ COMPARISONS = {
         start=tasks.probed,
         recipes={
             "lora": f"[lora: {{{TUNED}}}]",
-            "lora, half": f"[lora: {{{TUNED.replace('8.0', '4.0')}}}]",
-            "lora_ga, half": f"[lora_ga: {{{TUNED.replace('8.0', '4.0')}}}]",
+            "lora, half": f"[lora: {{{HALF_TUNED}}}]",
+            "lora_ga, half": f"[lora_ga: {{{HALF_TUNED}}}]",
         },
     ),
     "merged tokens": Comparison(

@@ -1,6 +1,6 @@
 """Few bits, compared: every shipped method on the same models, bits, calibration images and test images.
 
-    python benchmarks/small_models.py swin hybrid mamba --out DIR       # once, for the models that aren't ViT-Ti
+    python benchmarks/small_models.py mamba --out DIR            # once each, where weights aren't kept
     python benchmarks/ptq.py --small DIR                         # the whole grid: hours on two cores
     python benchmarks/ptq.py --models vit_tiny --recipes adalog martlet --bits w4a4 w3a3
 

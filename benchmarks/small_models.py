@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 KEPT = Path(__file__).parent / "weights"
 CLASSES = {"cifar10": cifar.CLASSES, "tiny-imagenet-200": 200}
 """By the folder of assets that images are in."""
+TITLES = {"cifar10": "CIFAR-10", "tiny-imagenet-200": "Tiny-ImageNet"}
 
 
 @dataclass(frozen=True, kw_only=True)

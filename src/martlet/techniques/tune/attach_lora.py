@@ -77,16 +77,15 @@ class AttachLora(Technique):
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         assert isinstance(model.module, GraphModule)
-        known, ranks = branches(model.module), {}
+        known = branches(model.module)
+        updates = {known[linear]: factors for linear, factors in self._updates().items()}
+        found: dict[str, Any] = {node: model.module.get_submodule(PREFIX + node) for node in updates}
+        ranks = {node: len(found[node].down) + len(a) for node, (a, _) in updates.items()}
+        widen_branches_(model.module, ranks)
         ratios = next(step.record["ratios"] for step in reversed(model.steps) if "ratios" in step.record)
-        for linear, (a, b) in self._updates().items():
-            node = known[linear]
-            branch: Any = model.module.get_submodule(PREFIX + node)
-            before = len(branch.down)
-            ranks[node] = before + len(a)
-            widen_branches_(model.module, {node: ranks[node]})
-            branch.up.data[:, before:] = b
-            branch.down.data[before:] = a * a.new_tensor(ratios.get(node, 1.0))  # inputs were divided by them
+        for node, (a, b) in updates.items():
+            found[node].up.data[:, -len(a) :] = b
+            found[node].down.data[-len(a) :] = a * a.new_tensor(ratios.get(node, 1.0))  # inputs were divided by them
         return {"ranks": ranks}
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
@@ -119,9 +118,9 @@ class AttachLora(Technique):
             parts.setdefault(found["linear"], {})[found["part"]] = value.float()
         if lone := [name for name, its in parts.items() if its.keys() != {"A", "B"}]:
             raise RecipeError(f"attach_lora: {self.adapter} has one of two factors of {lone[0]}")
-        found_updates = {}
+        updates = {}
         for name, its in parts.items():
             rank = len(its["A"])
             scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            found_updates[name] = its["A"], its["B"] * scaling
-        return found_updates
+            updates[name] = its["A"], its["B"] * scaling
+        return updates
