@@ -146,9 +146,10 @@ COMPARISONS = {
         measures={"before_pct": tasks.before},
     ),
     "fewer blocks": Comparison(
-        start=tasks.trained,
+        start=tasks.deep,
         recipes={
-            way: f"[fusegpt: {{blocks: 1, fuse: {fuse}}}, distill: {{{AFTER}}}]"
+            f"{way}{', untrained' if not then else ''}": f"[fusegpt: {{blocks: 3, fuse: {fuse}}}{then}]"
+            for then in ("", f", finetune: {{{TUNED}, rate: 0.0001}}")
             for way, fuse in (("dropped", "false"), ("fusegpt", "true"))
         },
         measures={"before_pct": tasks.before},
@@ -164,6 +165,7 @@ COMPARISONS = {
     "shared": Comparison(
         start=tasks.trained,
         recipes={
+            "shared, distill": f"[minivit: {{mixed: false}}, distill: {{{AFTER}}}]",
             "minivit, distill": f"[minivit, distill: {{{AFTER}}}]",
             "minivit, relations": f"[minivit, distill: {{{AFTER}, relations: 1.0}}]",
         },
@@ -182,6 +184,10 @@ COMPARISONS = {
         start=tasks.trained,
         recipes={way: f"[{way}: {{{AFTER}}}]" for way in ("distill", "unified_normalization")},
         measures={"before_pct": tasks.before},
+    ),
+    "never normalized": Comparison(
+        start=tasks.student,
+        recipes={way: f"[{way}: {{{RANDOM}}}]" for way in ("distill", "unified_normalization")},
     ),
     "tuned": Comparison(
         start=tasks.tuned,

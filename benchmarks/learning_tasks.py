@@ -260,6 +260,11 @@ def probed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
     return replace(its, model=pipeline.run(its.model, probe, Context(training=its.images, seed=seed)))
 
 
+def deep(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """As `probed`, with as many images to calibrate with as fits by least squares take."""
+    return replace(probed(assets, folder, seed, progress), calibrated_on=512)
+
+
 def _with(examples: Examples, pixels: Tensor) -> Examples:
     return Examples(pixels, examples.labels, examples.preprocess, examples.source)
 

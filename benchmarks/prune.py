@@ -1,25 +1,25 @@
 """Smaller networks without training: Martlet's techniques and Torch-Pruning's, on one model, images and count of MACs.
 
-    python benchmarks/prune.py                                    # accuracy of every entry: an hour on a quiet core
-    python benchmarks/prune.py --entries ziplm magnitude --ratios 0.4
+    python benchmarks/prune.py --small DIR                        # accuracy of every entry: two hours of a core
+    python benchmarks/prune.py --models vit_tiny --entries ziplm magnitude --ratios 0.4
     python benchmarks/prune.py --entries "ziplm, distill" --ratios 0.2    # ten minutes of training; quiet machine
-    python benchmarks/prune.py --parts accuracy attention         # comcat and svd at half of attention's parameters
+    python benchmarks/prune.py --parts accuracy claims            # and what papers claim beside one other way
     python benchmarks/prune.py --parts latency --timed magnitude  # OpenVINO, interleaved; needs a quiet machine
     python benchmarks/prune.py --parts table --table blocks.json  # what blocks take, for a `latency_table`
     python benchmarks/prune.py --parts slimming --table blocks.json       # whether ziplm with it meets target latencies
 
 Writes one JSON file, entry after entry; started again with the same settings, it goes on where it stopped. All entries
-get the same calibration images and are tested on the same others. Torch-Pruning also gets the labels. Its ratio of
-channels is searched until as many MACs are gone, counted as ours are: attention's products included. So is comcat's, of
-attention's parameters. What ours leave is kept in --work as artifacts, which int8, training and timing start from. int8
-is tested on OpenVINO. Training is by the logits of the whole model, on the calibration images and on as many others.
+of a model get the same calibration images and are tested on the same others. Torch-Pruning also gets the labels. Its
+ratio of channels is searched until as many MACs are gone, counted as ours are: attention's products included. So is
+comcat's, of attention's parameters. What ours leave is kept in --work as artifacts, which int8, training and timing
+start from. int8 is tested on OpenVINO. Training is by the logits of the whole model, without labels. The model of
+Tiny-ImageNet, which has no kept weights, is trained by small_models.py into DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import os
 import sys
 import tempfile
@@ -46,14 +46,17 @@ from martlet.vit.budget import total_macs
 from martlet.vit.latency_law import fit_law, read_law
 from martlet.vit.structure import BlockShape, restore_structure_, shape_of
 from martlet.vit.view import view
-from prune_ways import ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
+from prune_ways import CLAIMS, ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
+from subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
 
-MODEL, WEIGHTS = "timm:vit_tiny_patch16_224", "vit_tiny_patch16_224.in1k.safetensors"
+OTHERS = {"vit_tiny": ("tiny-imagenet-200/train.parquet", 650), "vit_tiny_200": (None, 10_000)}
+"""By model, as `subjects` has them: images that training sees besides those that calibrate, none of which it has the
+labels of. None: the rest of those that calibration draws from."""
 RATIOS = (0.2, 0.4)
-PARTS = ("accuracy", "attention", "latency", "table", "slimming")
+PARTS = ("accuracy", "claims", "latency", "table", "slimming")
 ENGINE = "openvino"
 BLOCKS = tuple(
     BlockShape(heads, qk, v, hidden)
@@ -73,8 +76,6 @@ BLOCKS = tuple(
 """Sizes of a ViT-Ti's blocks and smaller ones."""
 TIMED = ("ziplm", "afm", "comcat")
 """Entries of which speed is asked, unless others are named, each also followed by int8."""
-OTHERS, OTHER_IMAGES = "tiny-imagenet-200", 650
-"""Images without labels that training sees besides those that calibrate."""
 DISTILL: dict[str, Any] = {"epochs": 1000.0, "batch": 50, "rate": 2e-4}
 BATCH = 50
 
@@ -84,9 +85,8 @@ class Settings:
     """What must be equal for two entries to stand in one file."""
 
     calibration_images: int = 650
+    test_images: int = 1000
     seed: int = 0
-    model: str = MODEL
-    weights: str = WEIGHTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,58 +94,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     settings = Settings()
     try:
-        document = peers.open_document(options.out, settings, "prune", "entries")
-        document["torch_pruning"] = importlib.metadata.version("torch-pruning")
-        bench: Bench | None = None
-
-        def ready(progress: Progress) -> Bench:
-            nonlocal bench
-            bench = bench or Bench(options.assets, options.work, settings, progress)
-            document["base_top1_pct"], document["n"] = bench.base_top1_pct, len(bench.test)
-            return bench
-
-        for ratio in options.ratios:
-            for name in options.entries if "accuracy" in options.parts else ():
-                if any((e["name"], e["prune_ratio"]) == (name, ratio) for e in document["entries"]):
-                    note(f"{name} at {ratio} is in {options.out} already")
-                    continue
-                with working(f"{name} at {ratio}") as progress:
-                    entry = ready(progress).entry(name, ratio, options.minutes, progress)
-                document["entries"].append(entry)
+        document = peers.open_document(options.out, settings, "prune", "models", timed=False)
+        for name in options.models:
+            with working(name) as progress:
+                bench = Bench(name, options, settings, progress)
+            found = next((m for m in document["models"] if m["weights"] == bench.model.origin["weights"]), None)
+            if found is None:
+                document["models"].append(found := bench.described())
+            for _ in measured(bench, found, options):
                 peers.write(options.out, document)
-        if "attention" in options.parts:
-            with working("attention") as progress:
-                document["attention"] = ready(progress).attention(progress)
-            peers.write(options.out, document)
-        if "latency" in options.parts:
-            with working("latency") as progress:
-                document["latency"] = timed(ready(progress), options, progress)
-            peers.write(options.out, document)
-        if "table" in options.parts:
-            with working("table") as progress:
-                peers.write(options.table, block_table(ready(progress), options.seconds, progress))
-        if "slimming" in options.parts:
-            with working("slimming") as progress:
-                document["slimming"] = slimmed(ready(progress), options, progress)
-            peers.write(options.out, document)
+            show(_table(found))
     except MartletError as error:
         note(str(error))
         return error.exit_status
-    show(_table(document))
     return 0
 
 
-class Bench:
-    """The model, the images that calibrate, and those that test. work: where pruned models are kept."""
+def measured(bench: Bench, found: dict[str, Any], options: argparse.Namespace) -> Iterator[None]:
+    """Fills in what is asked for and isn't found yet, piece by piece. Times are measured again."""
+    for ratio in options.ratios:
+        for name in options.entries if "accuracy" in options.parts else ():
+            if any((e["name"], e["prune_ratio"]) == (name, ratio) for e in found["entries"]):
+                note(f"{name} at {ratio} is there already")
+                continue
+            with working(f"{bench.name}: {name} at {ratio}") as progress:
+                entry = bench.entry(name, ratio, options.minutes, progress)
+            found["entries"].append(entry | {"environment": environment()})
+            yield
+    parts: dict[str, Callable[[Bench, argparse.Namespace, Progress], Any]] = {
+        "claims": claimed,
+        "latency": timed,
+        "slimming": slimmed,
+    }
+    for part in (each for each in parts if each in options.parts):
+        with working(f"{bench.name}: {part}") as progress:
+            found[part] = {"environment": environment(), "models": parts[part](bench, options, progress)}
+        yield
+    if "table" in options.parts:
+        with working(f"{bench.name}: table") as progress:
+            peers.write(options.table, block_table(bench, options.seconds, progress))
 
-    def __init__(self, assets: Path, work: Path, settings: Settings, progress: Progress) -> None:
+
+def environment() -> dict[str, Any]:
+    """This machine and its versions, Torch-Pruning's too."""
+    return report.environment((*peers.PACKAGES, "torch-pruning"))
+
+
+class Bench:
+    """A model, the images that calibrate, and those that test it."""
+
+    def __init__(self, name: str, options: argparse.Namespace, settings: Settings, progress: Progress) -> None:
         from martlet.data import open_images
         from martlet.data.calibration import Calibration
-        from martlet.source import load_model
 
-        self.assets, self.work, self.settings = assets, work, settings
-        self.model = load_model(settings.model, weights=assets / "weights" / settings.weights, seed=settings.seed)
-        self.pool = open_images(peers._images(assets, peers.VALIDATION))
+        self.name, self.subject, self.settings = name, SUBJECTS[name], settings
+        self.data, self.work = options.assets / "data", options.work / name
+        self.model = self.subject.load(options)
+        self.pool, self.rest = open_images(self.data / self.subject.calibration), None
+        if len(self.pool) > settings.calibration_images:
+            self.pool, self.rest = self.pool.split(settings.calibration_images, settings.seed)
         self.calibration = Calibration(
             self.pool,
             self.model.preprocess,
@@ -155,9 +162,23 @@ class Bench:
             progress=progress,
         )
         self.labelled = peers.cropped(self.pool, self.model.preprocess)
-        self.test = peers.cropped(open_images(peers._images(assets, peers.SAMPLE)), self.model.preprocess)
+        test = open_images(self.data / self.subject.test, limit=settings.test_images, seed=settings.seed)
+        self.test = peers.cropped(test, self.model.preprocess)
         self.macs = total_macs(self.model)
-        self.base_top1_pct = self.top1_pct(self.model)
+
+    def described(self) -> dict[str, Any]:
+        """What is said of the model before anything is cut."""
+        return {
+            "name": self.name,
+            "model": self.model.name,
+            "weights": self.model.origin["weights"],
+            "images": {"calibration": self.subject.calibration, "test": self.subject.test},
+            "n": len(self.test),
+            "macs": self.macs,
+            "parameters": params(self.model.module),
+            "base_top1_pct": self.top1_pct(self.model),
+            "entries": [],
+        }
 
     def entry(self, name: str, prune_ratio: float, minutes: float, progress: Progress) -> dict[str, Any]:
         """Prunes and tests. What can't be is an entry that says why."""
@@ -227,21 +248,6 @@ class Bench:
             raise UsageError(f"no ratio removes {prune_ratio:.0%} of the MACs")
         return found
 
-    def attention(self, progress: Progress) -> list[dict[str, Any]]:
-        """Without half of attention's parameters, by head and by matrix."""
-        comcat = registry.technique("comcat").from_settings({"ratio": 0.5})
-        found = {"comcat": self.run(comcat, progress), PER_MATRIX: per_matrix(self.model, 0.5)}
-        whole = params(self.model.module)
-        return [
-            {
-                "name": name,
-                "parameters_removed": whole - params(model.module),
-                "macs_removed_ratio": 1 - total_macs(model) / self.macs,
-                "top1_pct": self.top1_pct(model),
-            }
-            for name, model in found.items()
-        ]
-
     def trained(self, model: Model, minutes: float, progress: Progress) -> tuple[Model, dict[str, Any]]:
         """The model after so long a training by the whole one's logits, and what there is to tell of it."""
         import torch
@@ -249,8 +255,10 @@ class Bench:
         from martlet.data import open_images
         from martlet.data.examples import Examples
 
-        others = open_images(peers._images(self.assets, OTHERS, "train")).sample(OTHER_IMAGES, self.settings.seed)
-        parts = []
+        file, n = OTHERS[self.name]
+        others = self.rest if file is None else open_images(self.data / file)
+        assert others is not None
+        others, parts = others.sample(n, self.settings.seed), []
         for images in (self.pool, others):
             parts.append(Examples.read(images, model.preprocess, 1000, progress))
         examples = Examples(torch.cat([part.pixels for part in parts]), None, model.preprocess, "both")
@@ -309,19 +317,41 @@ class Bench:
         return 100 * right / len(self.test)
 
 
+def claimed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """What each way of each of CLAIMS leaves. Zeros are those among all parameters."""
+    found = []
+    for claim, ways in CLAIMS.items():
+        context = Context(images=bench.calibration, seed=bench.settings.seed, progress=progress)
+        for name, model in ways(bench.model, context):
+            zeros = sum(int((p == 0).sum()) for p in model.module.parameters())
+            found.append(
+                {
+                    "claim": claim,
+                    "name": name,
+                    "parameters": params(model.module),
+                    "zeros_ratio": zeros / params(model.module),
+                    "macs_removed_ratio": 1 - total_macs(model) / bench.macs,
+                    "top1_pct": bench.top1_pct(model),
+                }
+            )
+    return found
+
+
 def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
     """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
-    context = bench.for_engine(progress)
+    context, precision = bench.for_engine(progress), floating()
     probe = next(iter(bench.calibration))[:1].numpy()
     with ExitStack() as stack:
         runs, macs_removed = {}, {}
         for name, model in _timed_models(bench, options.timed, options.ratios, progress):
-            for recipe in ("bf16", "int8"):
-                done = pipeline.run(model, Recipe.load(recipe), context)
-                runs[f"{name}, {recipe}"] = running(stack, done, done.precision, probe)
-                macs_removed[f"{name}, {recipe}"] = 1 - total_macs(model) / bench.macs
+            rounded = pipeline.run(model, Recipe.load("int8"), context)
+            for form, each in (precision, model), ("int8", rounded):
+                runs[f"{name}, {form}"] = running(
+                    stack, each, precision if form == precision else each.precision, probe
+                )
+                macs_removed[f"{name}, {form}"] = 1 - total_macs(model) / bench.macs
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
-    wholes = {recipe: times[f"whole, {recipe}"] for recipe in ("bf16", "int8")}
+    wholes = {form: times[f"whole, {form}"] for form in (precision, "int8")}
     return [
         {
             "name": name,
@@ -363,10 +393,10 @@ def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, A
     rows = [asdict(shape) | {"latency_ms": latency.summary(times[str(shape)])["median"] / depth} for shape in runs]
     fit_law(rows)  # raises, if they don't hold together
     cpu = report.environment(peers.PACKAGES)["cpu"]
-    return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.settings.model, "blocks": rows}
+    return {"engine": ENGINE, "cpu": cpu, "floating_point": precision, "model": bench.model.name, "blocks": rows}
 
 
-def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
     """Models that ziplm cut by a table of latencies: what each takes, interleaved with the whole, and what was asked.
 
     A table's times are of whole models over their depth, so a ratio of the time in blocks is one of the model's time.
@@ -404,7 +434,7 @@ def slimmed(bench: Bench, options: argparse.Namespace, progress: Progress) -> di
                 "top1_pct": bench.top1_pct(models[ratio]),
             }
         )
-    return {"environment": report.environment(peers.PACKAGES), "models": found}
+    return found
 
 
 def _timed_models(
@@ -419,7 +449,7 @@ def _timed_models(
                 note(f"{name} at {ratio}: {error}")
 
 
-def _table(document: dict[str, Any]) -> Any:
+def _table(found: dict[str, Any]) -> Any:
     rows = [
         (
             entry["name"],
@@ -427,7 +457,7 @@ def _table(document: dict[str, Any]) -> Any:
             entry.get("failed") or f"{entry['macs_removed_ratio']:.1%}",
             f"{entry['top1_pct']:.1f}" if "top1_pct" in entry else "–",
         )
-        for entry in sorted(document["entries"], key=lambda e: (e["prune_ratio"], -e.get("top1_pct", -1)))
+        for entry in sorted(found["entries"], key=lambda e: (e["prune_ratio"], -e.get("top1_pct", -1)))
     ]
     return table(("entry", "asked", "MACs removed", "top-1, %"), rows)
 
@@ -435,10 +465,12 @@ def _table(document: dict[str, Any]) -> Any:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     assets = Path(os.environ.get("MARTLET_ASSETS", peers.ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=OTHERS, default=list(OTHERS), metavar="NAME")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["accuracy"])
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=ENTRIES, metavar="NAME")
     parser.add_argument("--timed", nargs="+", choices=OURS, default=TIMED, metavar="NAME", help="of the part latency")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")
     parser.add_argument("--assets", type=Path, default=assets, help="folder with data/ and weights/ (MARTLET_ASSETS)")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/prune.json", help="results/prune.json")
     parser.add_argument("--work", type=Path, default=Path("runs/prune"), help="where pruned models are kept")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from martlet.core import registry
-from martlet.core.technique import Technique
+import numpy as np
+
+from martlet.core import pipeline, registry
+from martlet.core.recipe import Recipe
+from martlet.core.technique import Context, Technique
+from martlet.functional.structure.blocks import block_sums
 from martlet.functional.structure.low_rank import of_weight
 from martlet.functional.structure.rank_allocation import breakeven
 from martlet.nn.factorization import sites
 from martlet.nn.low_rank import thin_linear
+from martlet.techniques.prune.fusegpt import FuseGPT
+from martlet.techniques.prune.lpvit import LPViT
+from martlet.techniques.prune.path_ensemble import PathEnsemble
+from martlet.vit.paths import paths_of
 from martlet.vit.structure import put_
 from martlet.vit.view import view
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from martlet.core.model import Model
 
 Gradients = Callable[[str], Mapping[str, Any]]
@@ -132,3 +142,69 @@ def torch_pruning(model: Model, how: Mapping[str, Any], pruning_ratio: float, gr
             part.attn_dim = part.num_heads * part.head_dim
     module.zero_grad()
     return module.requires_grad_(False)
+
+
+def halves_of_attention(model: Model, context: Context) -> Iterator[tuple[str, Model]]:
+    """Without half of attention's parameters, by head and by matrix."""
+    comcat = registry.technique("comcat").from_settings({"ratio": 0.5})
+    yield "comcat", pipeline.run(model, Recipe((comcat,)), context)
+    yield PER_MATRIX, per_matrix(model, 0.5)
+
+
+def blocks_of_zeros(model: Model, context: Context) -> Iterator[tuple[str, Model]]:
+    """With blocks of zeros that stand for 30% of the MACs, chosen by loss and by size."""
+    ways = {
+        "lpvit": LPViT(prune_ratio=0.3),
+        "lpvit, without power": LPViT(prune_ratio=0.3, power=False),
+        "magnitude of blocks": SmallestBlocks(prune_ratio=0.3, power=False),
+    }
+    for name, technique in ways.items():
+        yield name, pipeline.run(model, Recipe((technique,)), context)
+
+
+class SmallestBlocks(LPViT):
+    """LPViT with squared weights in the place of its losses: blocks go by their magnitude."""
+
+    def losses(self, model: Model, context: Context) -> list[Tensor]:
+        found = []
+        for block in view(model.module).blocks:
+            attention, mlp = block.attention, block.mlp
+            for map_ in (attention.query, attention.key, attention.value, attention.proj, mlp.fc1, mlp.fc2):
+                found.append(block_sums(map_.weight.detach().double().square(), self.block))
+        return found
+
+
+def fewer_paths(model: Model, context: Context, gone: int = 3, draws: int = 5) -> Iterator[tuple[str, Model]]:
+    """Without the paths of least influence, and without as many attentions and MLPs that are drawn, of equal MACs."""
+    chosen = pipeline.run(model, Recipe((PathEnsemble(paths=gone),)), context)
+    yield "path_ensemble", chosen
+    plain = PathEnsemble(paths=gone, scale=False)
+    cut = chosen.steps[-1].record["cut"]
+    rng, every = np.random.default_rng(context.seed), paths_of(len(view(model.module).blocks))
+    drawn = []
+    for _ in range(draws):
+        its = list[list[Any]]()
+        for part in ("attention", "mlp"):
+            of = [[*path] for path in every if path.part == part]
+            its += [of[i] for i in rng.permutation(len(of))[: sum(p == part for _, p in cut)]]
+        drawn.append(sorted(its))
+    for name, paths in {"least influence": cut, **{f"drawn, {i}": its for i, its in enumerate(drawn)}}.items():
+        done = model.copy()
+        plain.restore_(done, {"cut": paths, "scaled": False})
+        yield f"{name}, not weighed", done
+
+
+def fewer_blocks(model: Model, context: Context) -> Iterator[tuple[str, Model]]:
+    """Without a quarter of the blocks, dropped, and fused into those before them."""
+    for name, fuse in (("dropped", False), ("fusegpt", True)):
+        technique = FuseGPT(blocks=len(view(model.module).blocks) // 4, fuse=fuse)
+        yield name, pipeline.run(model, Recipe((technique,)), context)
+
+
+CLAIMS: Mapping[str, Callable[[Model, Context], Iterator[tuple[str, Model]]]] = {
+    "Half of attention's parameters, by head and by matrix": halves_of_attention,
+    "Blocks of zeros for 30% of the MACs": blocks_of_zeros,
+    "Three of the attentions and MLPs left out": fewer_paths,
+    "A quarter of the blocks left out": fewer_blocks,
+}
+"""What papers claim beside one other way, without training."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ import numpy as np
 
 import cifar
 import peers
-import small_models
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
@@ -32,6 +31,7 @@ from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.measure import memory
 from martlet.measure.fidelity import fidelity
+from subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,37 +67,6 @@ class Settings:
     test_images: int = 500
     seed: int = 0
     batch: int = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model with real weights, and where its images are, calibration ones and others."""
-
-    load: Callable[[argparse.Namespace], Model]
-    calibration: str
-    test: str
-
-
-def _vit_tiny(options: argparse.Namespace) -> Model:
-    from martlet.source import load_model
-
-    weights = options.assets / "weights" / "vit_tiny_patch16_224.in1k.safetensors"
-    return load_model("timm:vit_tiny_patch16_224", weights=weights)
-
-
-SUBJECTS = {
-    "vit_tiny": Subject(
-        load=_vit_tiny, calibration=f"{peers.VALIDATION}/test.parquet", test=f"{peers.SAMPLE}/test.parquet"
-    ),
-    **{
-        name: Subject(
-            load=lambda options, name=name: small_models.load(name, options.small),
-            calibration=f"{small.data}/train.parquet",
-            test=f"{small.data}/test.parquet",
-        )
-        for name, small in small_models.SMALL.items()
-    },
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from martlet.measure.size import params
 from martlet.source import load_model
 from martlet.techniques.tune.finetune import Finetune
 from martlet.training.job import train as martlet_train
+from tuning_tasks import WEIGHTS, renewed
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -44,13 +45,26 @@ TITLES = {"cifar10": "CIFAR-10", "tiny-imagenet-200": "Tiny-ImageNet"}
 
 @dataclass(frozen=True, kw_only=True)
 class Small:
-    """A model cut down to what small images need. size: side of the images it takes, in pixels; data: of CLASSES."""
+    """A model cut down to what small images need.
+
+    size: side of the images it takes, in pixels. data: of CLASSES. begins: file of the assets' weights that training
+    starts from, with a new classifier; random, where none is named.
+    """
 
     model: str
     size: int
     training: Finetune
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     data: str = "cifar10"
+    begins: str = ""
+
+    def begin(self, assets: Path, seed: int = 0) -> Model:
+        """The model before it is trained."""
+        if not self.begins:
+            return self.load("random", seed)
+        weights = assets / "weights" / self.begins
+        model = load_model(self.model, weights=weights, model_kwargs=self.kwargs, preprocess=self._preprocess())
+        return renewed(model, CLASSES[self.data], seed)
 
     def load(self, weights: str | Path, seed: int = 0) -> Model:
         """The model, random or from a file."""
@@ -59,9 +73,14 @@ class Small:
             weights=weights,
             num_classes=CLASSES[self.data],
             model_kwargs=self.kwargs,
-            preprocess=cifar.preprocess(self.size),
+            preprocess=self._preprocess(),
             seed=seed,
         )
+
+    def _preprocess(self) -> dict[str, Any]:
+        """Colors as the weights know them that it begins with."""
+        whole = cifar.preprocess(self.size)
+        return {key: whole[key] for key in ("size", "resize")} if self.begins else whole
 
 
 SMALL = {
@@ -95,6 +114,14 @@ SMALL = {
     ),
     "efficientvit_200": Small(
         model="timm:efficientvit_b0", size=64, training=Finetune(epochs=9.0, rate=2e-3), data="tiny-imagenet-200"
+    ),
+    "vit_tiny_200": Small(
+        model="timm:vit_tiny_patch16_224",
+        size=64,
+        training=Finetune(epochs=1.0, batch=64, rate=2e-4),
+        kwargs={"img_size": 64, "patch_size": 8},
+        data="tiny-imagenet-200",
+        begins=WEIGHTS,
     ),
 }
 
@@ -147,7 +174,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
 
     small = SMALL[name]
     data = assets / "data" / small.data
-    model = small.load("random", seed)
+    model = small.begin(assets, seed)
     model.module.to(memory_format=torch.channels_last)  # which convolutions on a CPU take faster
     recipe = Recipe((small.training,))
     artifact = martlet_train(
@@ -166,6 +193,7 @@ def train(name: str, assets: Path, folder: Path, progress: Progress, seed: int =
         "kwargs": dict(small.kwargs),
         "size": small.size,
         "data": small.data,
+        "begins": small.begins,
         "parameters": params(trained.module),
         "macs": macs(trained),
         "recipe": str(recipe),

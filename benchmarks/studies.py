@@ -28,6 +28,7 @@ from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.graph import allocation
 from martlet.graph.low_bit import LowBit
+from subjects import SUBJECTS
 
 CHANCE = 3
 """How many random allocations."""
@@ -105,7 +106,7 @@ def run(
     from martlet.engine.base import cores
 
     tries, bits = STUDIES[options.study]
-    model = ptq.SUBJECTS[name].load(options)
+    model = SUBJECTS[name].load(options)
     there = {(e["study"], e["recipe"], e["draw"]) for e in known if ptq.is_of(e, name, model)}
     wanted = [each for its in options.bits or bits for each in tries(its)]
     todo = [each for each in wanted if (options.study, each.label, each.seed) not in there]
@@ -139,7 +140,7 @@ def _with(recipe: Recipe, **changes: Any) -> Recipe:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--models", nargs="+", choices=ptq.SUBJECTS, default=["hybrid"], metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["hybrid"], metavar="NAME")
     parser.add_argument("--bits", nargs="*", metavar="wXaY", help="other than the study's own")
     parser.add_argument("--test-images", type=int, default=500, metavar="N")
     parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")

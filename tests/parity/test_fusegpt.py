@@ -1,6 +1,7 @@
 """fusegpt takes out the block, and keeps and weighs the units of the pair, that loops over all choices find."""
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from martlet.core.model import Model
 from martlet.core.recipe import Recipe
 from martlet.core.technique import Context
 from martlet.source import load_model
+from martlet.techniques.prune import fusegpt
 from martlet.techniques.prune.fusegpt import FuseGPT, influence
 from martlet.vit.gradients import FLOOR
-from martlet.vit.repair import RIDGE
+from martlet.vit.repair import RIDGE, cut_and_repair_
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 0.5}
 UNITS, TOKENS = 6, 5
@@ -28,6 +30,15 @@ class Noise:
         generator = torch.Generator().manual_seed(5)
         for _ in range(4):
             yield torch.randn(6, 3, 16, 16, generator=generator)
+
+
+class Fitted(Noise):
+    """All but the first batch, which judges the fit."""
+
+    num_images = 18
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), 1, None)
 
 
 def model() -> Model:
@@ -69,7 +80,7 @@ def pair(module: Any, first: int) -> tuple[np.ndarray, np.ndarray]:
     """For every token after the attention of a block: hidden units of its MLP and of the next one's, and what brings
     the token to where both blocks bring it."""
     units, targets = [], []
-    for images in Noise():
+    for images in Fitted():
         x = module._pos_embed(module.patch_embed(images))
         for block in module.blocks[:first]:
             x = block(x)
@@ -84,7 +95,7 @@ def pair(module: Any, first: int) -> tuple[np.ndarray, np.ndarray]:
 def counts(module: Any, after: int) -> np.ndarray:
     """How much the error of each token after a block counts: squared gradients, one number for all patches."""
     total = torch.zeros(TOKENS, dtype=torch.float64)
-    for images in Noise():
+    for images in Fitted():
         x = module._pos_embed(module.patch_embed(images))
         for block in module.blocks[: after + 1]:
             x = block(x)
@@ -98,7 +109,7 @@ def counts(module: Any, after: int) -> np.ndarray:
             total += (gradient.double() ** 2).sum(1)
     patches = max(float(total[1:].mean()), FLOOR * float(total[0]) / (TOKENS - 1))
     weights = np.array([float(total[0])] + [patches] * (TOKENS - 1))
-    return np.tile(weights / weights.mean(), Noise.num_images)
+    return np.tile(weights / weights.mean(), Fitted.num_images)
 
 
 def left_over(x: np.ndarray, y: np.ndarray, weights: np.ndarray, pull: float) -> float:
@@ -153,6 +164,21 @@ def test_fusing_loses_less_than_dropping(fused: Model) -> None:
     expected = whole(images)
     lost = [(each(images) - expected).norm() for each in (fused.module, without)]
     assert lost[0] < 0.8 * lost[1]
+
+
+def test_what_would_lose_more_than_dropping_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: Any, *args: Any, **more: Any) -> None:
+        cut_and_repair_(module, *args, **more)
+        with torch.no_grad():
+            module.blocks[0].mlp.fc2.weight.normal_(0, 10)
+
+    monkeypatch.setattr(fusegpt, "cut_and_repair_", broken)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    done, dropped = (
+        pipeline.run(model(), Recipe((FuseGPT(blocks=1, fuse=fuse),)), Context(images=Noise()))
+        for fuse in (True, False)
+    )
+    assert torch.equal(done.module(images), dropped.module(images))
 
 
 def test_blocks_that_have_to_stay_are_named() -> None:

@@ -113,6 +113,15 @@ def test_weights_are_stored_once_through_copies_training_and_files(share: int, s
     assert not torch.equal(*mixes)  # each block has learned its own
 
 
+def test_without_mixtures_a_block_has_its_norms_alone() -> None:
+    given = model()
+    done = apply(given, MiniViT(mixed=False))
+    mixed = apply(given, MiniViT())
+    assert params(mixed.module) - params(done.module) == 4 * 2 * 9
+    with torch.no_grad():  # mixtures begin as the identity
+        torch.testing.assert_close(done.module(IMAGES), mixed.module(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_share_is_named() -> None:
     uneven = model()
     uneven.module.blocks[1].mlp = type(uneven.module.blocks[1].mlp)(12, 24)  # type: ignore[index, union-attr]

@@ -36,16 +36,16 @@ ABOUT = {
     "point. Learning block by block, and then steps end to end, is to beat both (2407.11062).",
     "pruned": "The small ViT that knows CIFAR-10, 40 % of its MACs cut, and trained on its own answers. Rankings by "
     "curvature are to keep more than magnitude (`nvit`, 2110.04869).",
-    "fewer blocks": "The same without one of its four blocks, trained on its own answers. Fusing it into the block "
-    "before is to keep more than dropping it (2411.14507).",
     "factorized": "The same, a third of its Linears' weights saved by low rank. `pela` is to bring back more than "
     "logits alone (2310.10700).",
-    "shared": "The same, each two blocks sharing their weights. Learning how tokens attend to each other is to bring "
-    "back more than logits alone (2204.07154).",
+    "shared": "The same, each two blocks sharing their weights: these alone, with mixtures of heads (`minivit`), and "
+    "learning how tokens attend to each other too, each of which is to bring back more (2204.07154).",
     "sparse": "The same, four of each eight weights zero in pairs; `gpusq-vit` is rounded to 4 bits on top (simulated) "
     "and is to lose a point at most (Yu et al., 2023).",
     "unnormalized": "The same, its norms becoming constants that the Linears take over, which is to cost half a point "
     "at most (2208.01313).",
+    "never normalized": "A ViT of half the width, from random weights, taught by the small one: with norms of tokens, "
+    "and with constants in their place from the start, as the paper trains.",
     "tuned": "ViT-Ti with ImageNet weights and a new classifier, at 64 pixels. `lora_ga` is to reach in half the steps "
     "what `lora` does (2407.05000), `light_peft` nearly as much with 40 % fewer weights in less time (2406.03792), "
     "`ladder` more than `probe` (2206.06522), and `sherl` as much as `ladder` (2407.07523), "
@@ -57,6 +57,8 @@ ABOUT = {
     "prompted by 1": "ViT-Ti with ImageNet weights at 64 pixels, one image a class. Prompts that begin from those of "
     "Tiny-ImageNet are to reach more than from chance (PVP).",
     "prompted by 2": "The same with two images a class.",
+    "fewer blocks": "ViT-Ti at 64 pixels whose classifier knows CIFAR-10, without three of its twelve blocks, and "
+    "tuned a little. Fusing them into the blocks before is to keep more than dropping the same (2411.14507).",
     "two fine-tunes": "ViT-Ti at 64 pixels whose classifier knows CIFAR-10 was tuned on five of the classes, and again "
     "on the other five; both are merged and tested on all ten. `fisher` is to keep more than the mean (2111.09832).",
     "five fine-tunes": "The same with fine-tunes of all classes, each of images changed in one way: not at all, colors "

@@ -38,6 +38,21 @@ class First:
                 return
 
 
+class Rest:
+    """The images of others after the first, of which there are as many as `First` gives."""
+
+    def __init__(self, images: Batches, first: First) -> None:
+        self.images, self.first = images, first
+        self.num_images = images.num_images - first.num_images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = 0
+        for batch in self.images:
+            if count >= self.first.num_images:
+                yield batch
+            count += len(batch)
+
+
 class Streams:
     """The tokens of all images after the last block that was run with `keep`, in memory: images × tokens × features.
 

@@ -13,14 +13,17 @@ from torch.nn import functional
 from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
-from martlet.core.technique import Batches, Context, Stage, Technique
+from martlet.core.technique import Batches, Choices, Context, Stage, Technique
+from martlet.functional.distillation import divergence
 from martlet.vit.repair import cut_and_repair_
-from martlet.vit.streams import First
+from martlet.vit.streams import First, Rest
 from martlet.vit.structure import record_of, remove_block_, restore_structure_
 from martlet.vit.view import VitView, view
 
 IMAGES = 64
 """How many of the calibration images influence is measured on."""
+JUDGES = 8
+"""One in so many of the calibration images isn't fitted to, and tells whether the fit is worth it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class FuseGPT(Technique):
     Differs: the paper adds the removed weights to the neighbors' under learned low-rank coefficients, and trains these
         and low-rank updates on the group's output. Here nothing is trained: units are offered as they are, chosen and
         weighed by least squares on the output of the pair; attention of the removed block is left to that fit. The
-        group is the block before. Influence is of patches and class token alike, as in the official code of all tokens.
+        group is the block before. Where what was fitted gives logits further from the whole model's than blocks that
+        are only dropped, on images that it wasn't fitted to, they are dropped: some do nothing, and a fit to few
+        images does harm. Influence is of patches and class token alike, as in the official code of all tokens.
     Raises: RecipeError for more blocks than can go; SourceError for a model that isn't a vision transformer.
     """
 
@@ -62,6 +67,9 @@ class FuseGPT(Technique):
     def __post_init__(self) -> None:
         if self.blocks < 0:
             raise RecipeError(f"{self.name}: blocks is how many to take out, not {self.blocks}")
+
+    def space(self) -> Choices:
+        return Choices(settings={"blocks": (1, 2)})
 
     def check(self, model: Model) -> None:
         vit = view(model.module)
@@ -83,11 +91,15 @@ class FuseGPT(Technique):
             removed.append(kept[least])
             remove_block_(view(twin), least)
             context.progress("choosing blocks", len(removed), self.blocks)
-        if not self.fuse:
-            for number in sorted(removed, reverse=True):
-                remove_block_(view(model.module), number)
-        elif removed:
-            cut_and_repair_(model.module, {}, images, removed=removed, progress=context.progress)
+        whole = copy.deepcopy(model.module)
+        for number in sorted(removed, reverse=True):
+            remove_block_(view(model.module), number)
+        if self.fuse and removed:
+            fused, judges = copy.deepcopy(whole), First(images, images.num_images // JUDGES)
+            rest = Rest(images, judges)
+            cut_and_repair_(fused, {}, rest if rest.num_images else judges, removed=removed, progress=context.progress)
+            if lost(fused, whole, judges) < lost(model.module, whole, judges):
+                model.module = fused
         return record_of(before, [i for i in range(len(before.blocks)) if i not in removed], view(model.module))
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
@@ -108,6 +120,13 @@ def influence(module: torch.nn.Module, images: Batches) -> dict[int, float]:
         cosines = [functional.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(whole, without, strict=True)]
         found[number] = 1 - float(torch.cat(cosines).mean())
     return found
+
+
+@torch.no_grad()
+def lost(module: torch.nn.Module, whole: torch.nn.Module, images: Batches) -> float:
+    """The divergence of its logits from those of the whole model, in nats, averaged over images."""
+    parts = [float(divergence(module(batch), whole(batch))) * len(batch) for batch in images]
+    return sum(parts) / images.num_images
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class MiniViT(Technique):
 
     Args:
         share: blocks in a group, the last of a stage having what is left; 1 shares nothing, 0 is all blocks of a stage.
+        mixed: give each block its mixtures of heads; False shares weights and nothing else, and costs nothing at run
+            time. On a small ViT of CIFAR-10 either is as good after training (docs/learning.md).
 
     Shape: none changes.
     Needs: nothing, but training after it.
@@ -48,6 +50,7 @@ class MiniViT(Technique):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.WHOLE_LINEARS})
 
     share: int = 2
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         if self.share < 0:
@@ -77,7 +80,7 @@ class MiniViT(Technique):
         return [group for group in found if len(group) > 1]
 
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
-        record = {"groups": self._groups(view(model.module))}
+        record = {"groups": self._groups(view(model.module)), "mixed": self.mixed}
         self.restore_(model, record)
         return record
 
@@ -86,7 +89,7 @@ class MiniViT(Technique):
             for number in group:
                 vit = view(model.module)
                 block = vit.blocks[number]
-                write_attention_(vit, block, read_attention(block.attention), mixed=True)
+                write_attention_(vit, block, read_attention(block.attention), mixed=record.get("mixed", True))
             blocks = view(model.module).blocks
             for number in group[1:]:
                 for own, first in zip(_linears(blocks[number]), _linears(blocks[group[0]]), strict=True):

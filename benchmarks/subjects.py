@@ -1,0 +1,50 @@
+"""Models with real weights that few bits and pruning are measured on, and the images of each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import peers
+import small_models
+from tuning_tasks import WEIGHTS
+
+if TYPE_CHECKING:
+    from martlet.core.model import Model
+
+VIT_TINY = "timm:vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, and where images are that calibrate it and others that test it, in the assets' `data`.
+
+    load: with the options that name the assets and the folder `small` of models that small_models.py trained.
+    """
+
+    load: Callable[[argparse.Namespace], Model]
+    calibration: str
+    test: str
+
+
+def _vit_tiny(options: argparse.Namespace) -> Model:
+    from martlet.source import load_model
+
+    return load_model(VIT_TINY, weights=options.assets / "weights" / WEIGHTS)
+
+
+SUBJECTS = {
+    "vit_tiny": Subject(
+        load=_vit_tiny, calibration=f"{peers.VALIDATION}/test.parquet", test=f"{peers.SAMPLE}/test.parquet"
+    ),
+    **{
+        name: Subject(
+            load=lambda options, name=name: small_models.load(name, options.small),
+            calibration=f"{small.data}/train.parquet",
+            test=f"{small.data}/test.parquet",
+        )
+        for name, small in small_models.SMALL.items()
+    },
+}
