@@ -148,8 +148,12 @@ COMPARISONS = {
     "fewer blocks": Comparison(
         start=tasks.deep,
         recipes={
-            f"{way}{', untrained' if not then else ''}": f"[fusegpt: {{blocks: 3, fuse: {fuse}}}{then}]"
-            for then in ("", f", finetune: {{{TUNED}, rate: 0.0001}}")
+            f"{way}{told}": f"[fusegpt: {{blocks: 3, fuse: {fuse}}}{then}]"
+            for told, then in (
+                (", untrained", ""),
+                (", 1 epoch", ", finetune: {epochs: 1.0, batch: 64, rate: 0.0001}"),
+                ("", f", finetune: {{{TUNED}, rate: 0.0001}}"),
+            )
             for way, fuse in (("dropped", "false"), ("fusegpt", "true"))
         },
         measures={"before_pct": tasks.before},
