@@ -86,34 +86,55 @@ def test_the_table_shows_the_newest_results_and_nothing_that_failed(docs, root):
 
 
 def test_the_page_of_pruning_ranks_by_accuracy_and_names_what_failed(docs):
-    entry = {"prune_ratio": 0.4, "macs_removed_ratio": 0.401, "parameters": 3_460_000, "cpu_seconds": 7.0}
+    where = {"environment": {"cpu": "a cpu", "cores": 2, "versions": {"torch": "2"}}}
+    entry = {"prune_ratio": 0.4, "macs_removed_ratio": 0.401, "parameters": 3_460_000, "cpu_seconds": 7.0, **where}
     entries = [
         entry | {"name": "worse", "top1_pct": 1.8},
-        {"name": "broken", "prune_ratio": 0.4, "failed": "RuntimeError: sizes"},
+        {"name": "broken", "prune_ratio": 0.4, "failed": "RuntimeError: sizes", **where},
         entry | {"name": "better", "top1_pct": 50.0},
+        entry | {"name": "Torch-Pruning best", "top1_pct": 30.0},
+        entry | {"name": "better, int8", "top1_pct": 60.0},
+        entry | {"name": "trained", "top1_pct": 75.0, "training": {"minutes": 10.0}},
         entry | {"name": "less", "prune_ratio": 0.2, "top1_pct": 70.0},
     ]
-    speed = {"median": 1.3, "low": 1.2, "high": 1.4}
+    speed = {"median": 1.25, "low": 1.2, "high": 1.4}
     its = {"median": 5.0, "p05": 4.0, "p95": 6.0, "n": 9}
+    latency = [{"name": "better, int8", "macs_removed_ratio": 0.4, "latency_ms": its, "speedup": speed}]
+    claim = {"claim": "A claim", "parameters": 2_000_000, "zeros_ratio": 0.25, "macs_removed_ratio": 0.0}
+    model = {
+        "name": "a_model",
+        "model": "timm:a_model",
+        "weights": "w",
+        "images": {"calibration": "these", "test": "those"},
+        "parameters": 5_000_000,
+        "macs": 1_000_000,
+        "base_top1_pct": 81.2,
+        "n": 500,
+        "entries": entries,
+        "latency": {"models": latency, **where},
+        "claims": {"models": [claim | {"name": "one", "top1_pct": 9.0}], **where},
+    }
     [pruning] = [module for module in docs.results_pages() if module.BENCHMARK == "prune"]
-    page = pruning.page(
-        {
-            "settings": {"model": "a_model", "weights": "w", "calibration_images": 3},
-            "environment": {"cpu": "a cpu", "versions": {"torch": "2"}},
-            "torch_pruning": "1.6",
-            "base_top1_pct": 81.2,
-            "n": 500,
-            "entries": entries,
-            "latency": [{"name": "better, int8", "macs_removed_ratio": 0.4, "latency_ms": its, "speedup": speed}],
-        }
-    )
+    page = pruning.page({"settings": {"calibration_images": 3}, "models": [model]})
     order = [
-        page.index(text) for text in ("20% fewer", "| less", "40% fewer", "| better | 40.1%", "| worse", "| broken")
+        page.index(text)
+        for text in (
+            "20% fewer",
+            "| less",
+            "40% fewer",
+            "| trained, 10 minutes",
+            "| better | 40.1%",
+            "| worse",
+            "| broken",
+        )
     ]
     assert order == sorted(order)
     assert "| 3.46 M | 50.0 | 7 |" in page
     assert "RuntimeError: sizes | – | – | – |" in page
-    assert "| `better, int8` | 40.0% | 5.00 | 1.30× |" in page
+    assert "`better` is 20.0 points above the best of Torch-Pruning's." in page  # neither rounded nor trained
+    assert "| better, int8 | 40.0% | 5.00 | 1.25 (1.20–1.40) × | 0.50 |" in page
+    assert "| one | 2.00 M | 25.0% | 0.0% | 9.0 |" in page
+    assert page.rstrip().endswith("torch 2 (9).")
 
 
 def test_without_results_there_is_no_table(docs, root):
