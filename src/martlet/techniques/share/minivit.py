@@ -28,7 +28,7 @@ class MiniViT(Technique):
     Args:
         share: blocks in a group, the last of a stage having what is left; 1 shares nothing, 0 is all blocks of a stage.
         mixed: give each block its mixtures of heads; False shares weights and nothing else, and costs nothing at run
-            time. On a small ViT of CIFAR-10 either is as good after training (docs/learning.md).
+            time.
 
     Shape: none changes.
     Needs: nothing, but training after it.
