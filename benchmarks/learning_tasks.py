@@ -25,7 +25,7 @@ from martlet.source import load_model
 from martlet.training.job import train as martlet_train
 from martlet.vit.image_size import set_image_size_
 from martlet.vit.view import view
-from tuning_tasks import WEIGHTS, base, few, renewed
+from tuning_tasks import base, few, renewed, vit_tiny
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +168,7 @@ def rare(labels: Tensor | None, seed: int) -> Tensor:
 
 def imagenet(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
     """ViT-Ti with ImageNet weights, and images of ImageNet without labels."""
-    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS)
+    model = vit_tiny(assets)
     pool = open_images(assets / "data" / peers.VALIDATION / "test.parquet", limit=FEWEST, seed=seed)
     test = open_images(assets / "data" / peers.SAMPLE / "test.parquet")
     images = Calibration(pool, model.preprocess, n=FEWEST, seed=seed)

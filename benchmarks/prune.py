@@ -51,6 +51,8 @@ from subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
+    from martlet.data.calibration import Calibration
+    from martlet.data.images import Images
 
 OTHERS = {"vit_tiny": ("tiny-imagenet-200/train.parquet", 650), "vit_tiny_200": (None, 10_000)}
 """By model, as `subjects` has them: images that training sees besides those that calibrate, none of which it has the
@@ -96,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         document = peers.open_document(options.out, settings, "prune", "models", timed=False)
         for name in options.models:
-            with working(name) as progress:
-                bench = Bench(name, options, settings, progress)
+            bench = Bench(name, options, settings)
             found = next((m for m in document["models"] if m["weights"] == bench.model.origin["weights"]), None)
             if found is None:
                 document["models"].append(found := bench.described())
@@ -141,11 +142,10 @@ def environment() -> dict[str, Any]:
 
 
 class Bench:
-    """A model, the images that calibrate, and those that test it."""
+    """A model, the images that calibrate, and those that test it, which are read when they are first asked for."""
 
-    def __init__(self, name: str, options: argparse.Namespace, settings: Settings, progress: Progress) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, settings: Settings) -> None:
         from martlet.data import open_images
-        from martlet.data.calibration import Calibration
 
         self.name, self.subject, self.settings = name, SUBJECTS[name], settings
         self.data, self.work = options.assets / "data", options.work / name
@@ -153,18 +153,21 @@ class Bench:
         self.pool, self.rest = open_images(self.data / self.subject.calibration), None
         if len(self.pool) > settings.calibration_images:
             self.pool, self.rest = self.pool.split(settings.calibration_images, settings.seed)
-        self.calibration = Calibration(
-            self.pool,
-            self.model.preprocess,
-            n=settings.calibration_images,
-            batch_size=25,
-            seed=settings.seed,
-            progress=progress,
-        )
-        self.labelled = peers.cropped(self.pool, self.model.preprocess)
-        test = open_images(self.data / self.subject.test, limit=settings.test_images, seed=settings.seed)
-        self.test = peers.cropped(test, self.model.preprocess)
         self.macs = total_macs(self.model)
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        from martlet.data.calibration import Calibration
+
+        n, seed = self.settings.calibration_images, self.settings.seed
+        return Calibration(self.pool, self.model.preprocess, n=n, batch_size=25, seed=seed)
+
+    @functools.cached_property
+    def test(self) -> Images:
+        from martlet.data import open_images
+
+        limit, seed = self.settings.test_images, self.settings.seed
+        return peers.cropped(open_images(self.data / self.subject.test, limit=limit, seed=seed), self.model.preprocess)
 
     def described(self) -> dict[str, Any]:
         """What is said of the model before anything is cut."""
@@ -227,8 +230,10 @@ class Bench:
         return store.load(kept).model()
 
     def run(self, technique: Technique, progress: Progress) -> Model:
-        context = Context(images=self.calibration, seed=self.settings.seed, progress=progress)
-        return pipeline.run(self.model, Recipe((technique,)), context)
+        return pipeline.run(self.model, Recipe((technique,)), self.context(progress))
+
+    def context(self, progress: Progress) -> Context:
+        return Context(images=self.calibration, seed=self.settings.seed, progress=progress)
 
     def least(self, at: Callable[[float], Model], prune_ratio: float) -> Model:
         """At the least ratio of its own, to 1 in 200, that removes so many MACs."""
@@ -258,9 +263,8 @@ class Bench:
         file, n = OTHERS[self.name]
         others = self.rest if file is None else open_images(self.data / file)
         assert others is not None
-        others, parts = others.sample(n, self.settings.seed), []
-        for images in (self.pool, others):
-            parts.append(Examples.read(images, model.preprocess, 1000, progress))
+        sets = self.pool, others.sample(n, self.settings.seed)
+        parts = [Examples.read(images, model.preprocess, model.num_classes, progress) for images in sets]
         examples = Examples(torch.cat([part.pixels for part in parts]), None, model.preprocess, "both")
         technique = registry.technique("distill").from_settings(DISTILL | {"minutes": minutes})
         context = Context(training=examples, teacher=self.model, seed=self.settings.seed, progress=progress)
@@ -277,7 +281,8 @@ class Bench:
 
             twin = self.model.copy().module.eval().requires_grad_(True)
             crop = self.model.preprocess.override({"resize": None})
-            for images, labels, _ in batches(self.labelled, crop, 25):
+            labelled = peers.cropped(self.pool, self.model.preprocess)
+            for images, labels, _ in batches(labelled, crop, 25):
                 loss = torch.nn.functional.cross_entropy(twin(torch.from_numpy(images)), torch.tensor(labels))
                 loss.backward()
             self._found = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
@@ -299,14 +304,7 @@ class Bench:
 
     def for_engine(self, progress: Progress) -> Context:
         engine = engines.get(ENGINE)
-        return Context(
-            images=self.calibration,
-            seed=self.settings.seed,
-            engine=ENGINE,
-            int8=engine.int8,
-            precisions=engine.alternatives(),
-            progress=progress,
-        )
+        return replace(self.context(progress), engine=ENGINE, int8=engine.int8, precisions=engine.alternatives())
 
     def _top1_pct(self, run: Callable[[np.ndarray], np.ndarray]) -> float:
         from martlet.data.batches import batches
@@ -321,8 +319,7 @@ def claimed(bench: Bench, options: argparse.Namespace, progress: Progress) -> li
     """What each way of each of CLAIMS leaves. Zeros are those among all parameters."""
     found = []
     for claim, ways in CLAIMS.items():
-        context = Context(images=bench.calibration, seed=bench.settings.seed, progress=progress)
-        for name, model in ways(bench.model, context):
+        for name, model in ways(bench.model, bench.context(progress)):
             zeros = sum(int((p == 0).sum()) for p in model.module.parameters())
             found.append(
                 {
@@ -345,10 +342,8 @@ def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list
         runs, macs_removed = {}, {}
         for name, model in _timed_models(bench, options.timed, options.ratios, progress):
             rounded = pipeline.run(model, Recipe.load("int8"), context)
-            for form, each in (precision, model), ("int8", rounded):
-                runs[f"{name}, {form}"] = running(
-                    stack, each, precision if form == precision else each.precision, probe
-                )
+            for form, each, computed in (precision, model, precision), ("int8", rounded, rounded.precision):
+                runs[f"{name}, {form}"] = running(stack, each, computed, probe)
                 macs_removed[f"{name}, {form}"] = 1 - total_macs(model) / bench.macs
         times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
     wholes = {form: times[f"whole, {form}"] for form in (precision, "int8")}

@@ -17,7 +17,7 @@ from martlet.functional.structure.rank_allocation import breakeven
 from martlet.nn.factorization import sites
 from martlet.nn.low_rank import thin_linear
 from martlet.techniques.prune.fusegpt import FuseGPT
-from martlet.techniques.prune.lpvit import LPViT
+from martlet.techniques.prune.lpvit import LPViT, linears
 from martlet.techniques.prune.path_ensemble import PathEnsemble
 from martlet.vit.paths import paths_of
 from martlet.vit.structure import put_
@@ -166,12 +166,8 @@ class SmallestBlocks(LPViT):
     """LPViT with squared weights in the place of its losses: blocks go by their magnitude."""
 
     def losses(self, model: Model, context: Context) -> list[Tensor]:
-        found = []
-        for block in view(model.module).blocks:
-            attention, mlp = block.attention, block.mlp
-            for map_ in (attention.query, attention.key, attention.value, attention.proj, mlp.fc1, mlp.fc2):
-                found.append(block_sums(map_.weight.detach().double().square(), self.block))
-        return found
+        maps = linears(view(model.module))
+        return [block_sums(map_.weight.detach().double().square(), self.block) for map_ in maps]
 
 
 def fewer_paths(model: Model, context: Context, gone: int = 3, draws: int = 5) -> Iterator[tuple[str, Model]]:

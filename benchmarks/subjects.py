@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import peers
 import small_models
-from tuning_tasks import WEIGHTS
+from tuning_tasks import vit_tiny
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
-
-VIT_TINY = "timm:vit_tiny_patch16_224"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +27,11 @@ class Subject:
     test: str
 
 
-def _vit_tiny(options: argparse.Namespace) -> Model:
-    from martlet.source import load_model
-
-    return load_model(VIT_TINY, weights=options.assets / "weights" / WEIGHTS)
-
-
 SUBJECTS = {
     "vit_tiny": Subject(
-        load=_vit_tiny, calibration=f"{peers.VALIDATION}/test.parquet", test=f"{peers.SAMPLE}/test.parquet"
+        load=lambda options: vit_tiny(options.assets),
+        calibration=f"{peers.VALIDATION}/test.parquet",
+        test=f"{peers.SAMPLE}/test.parquet",
     ),
     **{
         name: Subject(

@@ -16,10 +16,14 @@ from martlet.source import load_model
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
 
 
+def vit_tiny(assets: Path) -> Model:
+    """ViT-Ti with its ImageNet weights."""
+    return load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS)
+
+
 def base(assets: Path, seed: int = 0) -> Model:
     """ViT-Ti, its classifier new: ten classes, drawn by the seed."""
-    model = load_model("timm:vit_tiny_patch16_224", weights=assets / "weights" / WEIGHTS, num_classes=1000)
-    return renewed(model, CLASSES, seed)
+    return renewed(vit_tiny(assets), CLASSES, seed)
 
 
 def renewed(model: Model, classes: int, seed: int) -> Model:

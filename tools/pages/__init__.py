@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,18 @@ def measured_on(entries: Iterable[Mapping[str, Any]]) -> str:
         for its in (entry["environment"] for entry in entries)
     )
     return "Measured on " + "; on ".join(f"{where} ({count})" for where, count in found.most_common()) + "."
+
+
+def by_part(
+    entries: Iterable[Mapping[str, Any]],
+    about: Mapping[str, tuple[str, str]],
+    shown: Callable[[str, list[Mapping[str, Any]]], Iterable[str]],
+) -> Iterator[str]:
+    """Lines of each `part` of the entries: its heading and what is told of it, in the order of these; what shows it."""
+    ranked = sorted(entries, key=lambda e: [*about].index(e["part"]))
+    for part, its in groupby(ranked, key=lambda e: e["part"]):
+        heading, told = about[part]
+        yield from ("", f"## {heading}", "", told, "", *shown(part, list(its)))
 
 
 def interval(ratio: Mapping[str, float] | None) -> str:

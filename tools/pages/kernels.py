@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from martlet.report.cards import table
-from pages import interval, measured_on
+from pages import by_part, interval, measured_on
 
 BENCHMARK, PATH = "kernels", "docs/kernels.md"
-TITLES = {
+ABOUT = {
     "sparse": (
         "Products with weights that are mostly zero",
         "A 1 × 1 convolution of a MobileNet as a product, at batch 1. All that isn't rounded gives the same numbers. "
@@ -27,6 +26,7 @@ TITLES = {
         "A whole ViT-Ti at batch 1: as `unified_normalization` leaves it, without a norm to compute.",
     ),
 }
+"""By part: its heading, and what stands under it."""
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -39,20 +39,14 @@ def page(document: Mapping[str, Any]) -> str:
         "depends on their values. Median times in ms, and how many times faster than the first, with its 90 % "
         "interval.",
     ]
-    order = list(TITLES)
-    by_part = sorted(document["comparisons"], key=lambda each: order.index(each["part"]))
-    for part, its in groupby(by_part, lambda each: each["part"]):
-        title, told = TITLES[part]
-        rows = [
-            (
-                each["name"],
-                name,
-                f"{run['latency_ms']['median']:.3f}",
-                f"{interval(run['speedup'])} ×" if i else "–",
-            )
-            for each in its
-            for i, (name, run) in enumerate(each["runs"].items())
-        ]
-        heading = ("Of", "Way", "Median ms", "Faster than the first")
-        lines += ["", f"## {title}", "", told, "", *table(heading, rows)]
+    lines += by_part(document["comparisons"], ABOUT, lambda _part, comparisons: _times(comparisons))
     return "\n".join([*lines, "", measured_on([document]), ""])
+
+
+def _times(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (each["name"], name, f"{run['latency_ms']['median']:.3f}", f"{interval(run['speedup'])} ×" if i else "–")
+        for each in comparisons
+        for i, (name, run) in enumerate(each["runs"].items())
+    ]
+    return table(("Of", "Way", "Median ms", "Faster than the first"), rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +17,15 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     wanted = functional.log_softmax(teacher.float() / temperature, 1)
     found = functional.log_softmax(student.float() / temperature, 1)
     return temperature**2 * functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def mean_divergence(students: Iterable[Tensor], teachers: Iterable[Tensor]) -> float:
+    """`divergence` of the logits of several batches, (B, K) each, averaged over all images."""
+    total, count = 0.0, 0
+    for student, teacher in zip(students, teachers, strict=True):
+        total += float(divergence(student, teacher)) * len(student)
+        count += len(student)
+    return total / count
 
 
 def hard(student: Tensor, teacher: Tensor) -> Tensor:

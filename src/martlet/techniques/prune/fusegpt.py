@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Batches, Choices, Context, Stage, Technique
-from martlet.functional.distillation import divergence
+from martlet.functional.distillation import mean_divergence
 from martlet.vit.repair import cut_and_repair_
 from martlet.vit.streams import First, Rest
 from martlet.vit.structure import record_of, remove_block_, restore_structure_
@@ -83,23 +83,22 @@ class FuseGPT(Technique):
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         images, before = context.calibration(self), view(model.module)
         removed = list[int]()
-        twin = copy.deepcopy(model.module)
+        less = copy.deepcopy(model.module)
         for _ in range(self.blocks):
             kept = [i for i in range(len(before.blocks)) if i not in removed]
-            found = influence(twin, images)
+            found = influence(less, images)
             least = min(found, key=found.__getitem__)
             removed.append(kept[least])
-            remove_block_(view(twin), least)
+            remove_block_(view(less), least)
             context.progress("choosing blocks", len(removed), self.blocks)
-        whole = copy.deepcopy(model.module)
-        for number in sorted(removed, reverse=True):
-            remove_block_(view(model.module), number)
         if self.fuse and removed:
-            fused, judges = copy.deepcopy(whole), First(images, images.num_images // JUDGES)
+            fused, judges = copy.deepcopy(model.module), First(images, images.num_images // JUDGES)
             rest = Rest(images, judges)
             cut_and_repair_(fused, {}, rest if rest.num_images else judges, removed=removed, progress=context.progress)
-            if lost(fused, whole, judges) < lost(model.module, whole, judges):
-                model.module = fused
+            fusion, dropping = losses((fused, less), model.module, judges)
+            if fusion < dropping:
+                less = fused
+        model.module = less
         return record_of(before, [i for i in range(len(before.blocks)) if i not in removed], view(model.module))
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
@@ -123,10 +122,10 @@ def influence(module: torch.nn.Module, images: Batches) -> dict[int, float]:
 
 
 @torch.no_grad()
-def lost(module: torch.nn.Module, whole: torch.nn.Module, images: Batches) -> float:
-    """The divergence of its logits from those of the whole model, in nats, averaged over images."""
-    parts = [float(divergence(module(batch), whole(batch))) * len(batch) for batch in images]
-    return sum(parts) / images.num_images
+def losses(modules: Iterable[torch.nn.Module], whole: torch.nn.Module, images: Batches) -> list[float]:
+    """The divergence of the logits of each from those of the whole model, in nats, averaged over images."""
+    wanted = [whole(batch) for batch in images]
+    return [mean_divergence((module(batch) for batch in images), wanted) for module in modules]
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class LPViT(Technique):
             raise RecipeError(f"{self.name}: block is at least 1, not {self.block}")
 
     def check(self, model: Model) -> None:
-        for map_ in _linears(view(model.module)):
+        for map_ in linears(view(model.module)):
             for size in map_.weight.shape:
                 if size % self.block:
                     raise RecipeError(
@@ -76,7 +76,7 @@ class LPViT(Technique):
     def apply_(self, model: Model, context: Context) -> dict[str, Any]:
         images, vit = context.calibration(self), view(model.module)
         if self.prune_ratio:
-            maps = _linears(vit)
+            maps = linears(vit)
             losses = self.losses(model, context)
             rows = [n for work in works(model, vit) for n in (*[work.rows] * 4, *[work.mlp_rows] * (work.mlp_maps))]
             macs = [float(self.block**2 * n) for n in rows]
@@ -101,7 +101,7 @@ class LPViT(Technique):
     def losses(self, model: Model, context: Context) -> list[Tensor]:
         """By Linear and block (P, Q), the mean over batches of sum (g w)² / weights + (sum g w)² / 2."""
         twin = copy.deepcopy(model.module).eval().requires_grad_(True)
-        maps, images = _linears(view(twin)), context.calibration(self)
+        maps, images = linears(view(twin)), context.calibration(self)
         totals = [torch.zeros(tuple(n // self.block for n in map_.weight.shape), dtype=torch.float64) for map_ in maps]
         for done, batch in enumerate(images, 1):
             twin.zero_grad(set_to_none=True)
@@ -116,7 +116,7 @@ class LPViT(Technique):
         return totals
 
 
-def _linears(vit: VitView) -> list[LinearView]:
+def linears(vit: VitView) -> list[LinearView]:
     """Of every block: q, k, v, proj, and those of the MLP, as many as `Work.mlp_maps`."""
     found = list[LinearView]()
     for block in vit.blocks:

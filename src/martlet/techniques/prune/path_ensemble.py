@@ -13,7 +13,7 @@ from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Choices, Context, Stage, Technique
-from martlet.functional.distillation import divergence
+from martlet.functional.distillation import mean_divergence
 from martlet.functional.structure.paths import path_scale
 from martlet.vit.paths import SCALE, Path, PathRun, paths_of, restart, run_as_paths_, tokens_before
 from martlet.vit.reading import check_global, reading, same_logits
@@ -116,8 +116,7 @@ def influence(twin: Model, run: PathRun, cut: list[Path], images: First) -> dict
     for path in paths_of(len(run.blocks)):
         if path not in cut:
             restart(run, [*cut, path])
-            parts = [divergence(twin.module(b), w) * len(b) for b, w in zip(images, whole, strict=True)]
-            losses[path] = float(sum(parts)) / images.num_images
+            losses[path] = mean_divergence((twin.module(batch) for batch in images), whole)
     restart(run, ())
     return losses
 
