@@ -5,8 +5,9 @@
 
 sparse: the product of a weight (O, I), most of it zero, with I features of S places, as a 1 × 1 convolution of a
 MobileNet has it: dense in PyTorch and OpenVINO; as rows of nonzeros in SciPy and PyTorch; in int8 on OpenVINO, which
-can keep weights without zeros (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). attention: one attention of a ViT-S for more and
-more tokens on OpenVINO, whole, with linformer's sums, and with Linears of half their weights. norms: a ViT-Ti on
+can keep weights without zeros (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). networks: whole networks of such convolutions on
+Martlet's engines, as they are, and with zeros that the engine torch skips. attention: one attention of a ViT-S for more
+and more tokens on OpenVINO, whole, with linformer's sums, and with Linears of half their weights. norms: a ViT-Ti on
 OpenVINO as it is, and with its norms in the Linears beside them. Weights are random: no time depends on their values.
 Everything of a comparison is interleaved in one run. Writes one JSON file.
 """
@@ -31,10 +32,11 @@ from martlet.core.technique import Progress
 from martlet.engine.base import cores
 from martlet.measure import latency
 
-PARTS = ("sparse", "attention", "norms")
+PARTS = ("sparse", "networks", "attention", "norms")
 CONVOLUTIONS = ((128, 64, 56 * 56), (256, 128, 28 * 28), (512, 512, 14 * 14), (1024, 1024, 7 * 7))
 """Outputs, inputs and places."""
 SPARSITIES = (0.8, 0.9)
+NETWORKS = ("mobilenetv1_100", "mobilenetv2_100", "efficientnet_b0")
 TOKENS = (197, 577, 1025, 2049)
 STRIDE = 4
 """Of linformer: about a sixteenth of the keys is left."""
@@ -140,6 +142,57 @@ def openvino_product(
     return lambda: request.infer({0: images}, share_inputs=True, share_outputs=True)[0].T
 
 
+def networks(settings: Settings) -> Any:
+    """Of each network, in which batch norms are folded, what it takes on engines; with and without zeros."""
+    import torch
+
+    from martlet.core import pipeline
+    from martlet.core.recipe import Recipe
+    from martlet.core.technique import Context
+    from martlet.engine.torch import TorchSession
+    from martlet.functional.structure.sparsity import least
+    from martlet.nn.sparse import pointwise
+    from martlet.source import load_model
+
+    openvino = engines.get("openvino")
+    rng = np.random.default_rng(settings.seed)
+    image = rng.standard_normal((1, 3, 224, 224), dtype=np.float32)
+
+    class Images:
+        num_images = 8
+
+        def __iter__(self) -> Any:
+            yield torch.from_numpy(np.concatenate([image] * self.num_images))
+
+    def opened(model: Any, precision: str) -> Callable[[], object]:
+        with tempfile.TemporaryDirectory() as folder:
+            openvino.lower(model, Path(folder))
+            session = openvino.open(Path(folder), precision=precision, threads=settings.threads)
+        return lambda: session(image)
+
+    for name in NETWORKS:
+        whole = load_model(f"timm:{name}", weights="random", seed=settings.seed)
+        whole = pipeline.run(whole, Recipe.from_yaml("martlet: 1\npasses: [fuse]"), Context(images=Images()))
+        floats = [each for each in openvino.alternatives() if each != "f16"]
+        runs = {f"OpenVINO {each}": opened(whole, each) for each in floats}
+        context = Context(images=Images(), engine="openvino", int8=openvino.int8)
+        runs["OpenVINO int8"] = opened(pipeline.run(whole, Recipe.load("int8"), context), "f32")
+        dense = TorchSession(whole.copy(), 1, "f32", settings.threads)
+        runs["PyTorch f32"] = lambda dense=dense: dense(image)
+        for sparsity in SPARSITIES:
+            model = whole.copy()
+            with torch.no_grad():
+                for layer in map(model.module.get_submodule, pointwise(model.module, model.preprocess.size)):
+                    layer.weight.masked_fill_(least(layer.weight, sparsity), 0)  # type: ignore[operator, arg-type]
+                expected = model.module(torch.from_numpy(image)).numpy()
+            session = TorchSession(model, 1, "f32", settings.threads)
+            error = np.abs(session(image) - expected).max() / np.abs(expected).max()
+            if not error < 1e-3:
+                raise MartletError(f"{name} without its zeros gives something else: {error:.1e} of the largest logit")
+            runs[f"PyTorch f32, {sparsity:.0%} zeros skipped"] = lambda session=session: session(image)
+        yield name, {"PyTorch f32": runs.pop("PyTorch f32"), **runs}
+
+
 def attention(settings: Settings) -> Any:
     """Of each number of tokens, the ways to attend."""
     import torch
@@ -218,7 +271,12 @@ def norms(settings: Settings) -> Any:
         yield f"vit_tiny_patch16_224 in {precision}", runs
 
 
-COMPARISONS: Mapping[str, Callable[[Settings], Any]] = {"sparse": sparse, "attention": attention, "norms": norms}
+COMPARISONS: Mapping[str, Callable[[Settings], Any]] = {
+    "sparse": sparse,
+    "networks": networks,
+    "attention": attention,
+    "norms": norms,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import peers
+import small_models
 import train
 from cifar import CLASSES, preprocess
 from martlet.core import pipeline
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from martlet.data.images import Images
 
-FEW, NUM_TEST = 2000, 5000
+FEW, ALL, NUM_TEST = 2000, 50_000, 5000
 """Images of CIFAR-10 to learn from, and others to test on."""
 FEWEST = 128
 """Images of ImageNet to learn from, where rounding is learned."""
@@ -123,6 +124,12 @@ def convolutions(assets: Path, folder: Path, seed: int, progress: Progress) -> S
         preprocess=preprocess(64),
     )
     return _start(model, assets, seed, progress)
+
+
+def mobilenet(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+    """A small MobileNetV2 that knows CIFAR-10, and all images that it was trained on."""
+    model = small_models.load("mobilenet", small_models.KEPT)
+    return _start(model, assets, seed, progress, images=ALL, teacher=model)
 
 
 def long_tailed(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:

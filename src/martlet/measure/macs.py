@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
+from martlet.nn.sparse import SPARSE_CONV1X1
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -71,4 +73,6 @@ def macs_by_node(graph_module: GraphModule, shapes: Mapping[Node, Sequence[int]]
             transposed = packet in TRANSPOSED or (packet is aten.convolution and node.args[6])
             # weight (O, I / groups, …); transposed: (I, O / groups, …)
             found[node] = NodeMacs(prod(shapes[image if transposed else node]) * prod(shapes[weight][1:]), False)
+        elif packet is SPARSE_CONV1X1:  # those that its zeros save are of the model all the same
+            found[node] = NodeMacs(prod(shapes[node]) * shapes[node.args[0]][1], False)
     return found

@@ -14,6 +14,7 @@ from torch.nn import functional
 from martlet.core.errors import UsageError
 from martlet.core.model import Model
 from martlet.data.examples import Examples
+from martlet.functional.distillation import divergence
 from martlet.training.signals import Signals, observe
 
 RATE = "rate_scale"
@@ -149,3 +150,21 @@ class Teacher:
         if own.size == students.size:
             return images
         return functional.interpolate(images, own.size, mode="bicubic", antialias=True)
+
+
+class Taught(Objective):
+    """A teacher's logits; no labels."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
+        return self.judge(student(batch.images), batch)
+
+    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.error(logits, self.teacher(batch.images))
+
+    def error(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Of logits (B, K) from the teacher's."""
+        return divergence(logits, wanted)

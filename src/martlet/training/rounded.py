@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from martlet.core.errors import RecipeError
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
-from martlet.functional.distillation import divergence
 from martlet.graph.trace import trace
 from martlet.nn.straight_through import Learned, LearnedSteps, LearnedWeight, Passing, learned
-from martlet.training.objective import RATE, Batch, Objective, Teacher
+from martlet.training.objective import RATE, Taught, Teacher
 from martlet.vit.sparsity import Sparsity
 
 STEP_RATE = 0.5
@@ -69,12 +68,12 @@ def check_rounded(model: Model, asker: str) -> None:
         )
 
 
-class Rounded(Objective):
+class Rounded(Taught):
     """steps_alone: nothing but the steps of weights is learned."""
 
     def __init__(self, teacher: Teacher, stand_in: StandIn, steps_alone: bool = False) -> None:
-        super().__init__()
-        self.teacher, self._stand_in, self.steps_alone = teacher, stand_in, steps_alone
+        super().__init__(teacher)
+        self._stand_in, self.steps_alone = stand_in, steps_alone
         self.layers: dict[str, Learned] = {}
 
     def prepare_(self, student: nn.Module) -> None:
@@ -108,9 +107,3 @@ class Rounded(Objective):
             {"params": steps, "weight_decay": 0.0, RATE: STEP_RATE},
         ]
         return [group for group in groups if group["params"]]
-
-    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
-        return self.judge(student(batch.images), batch)
-
-    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
-        return divergence(logits, self.teacher(batch.images))

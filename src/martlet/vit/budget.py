@@ -145,7 +145,8 @@ def allocate(
             of = "the MACs" if isinstance(each[0], Work) else "the time"
             raise RecipeError(
                 f"{technique}: prune_ratio {prune_ratio:g} would empty layers such as those of {vit.blocks[0].name}; "
-                f"at most {removed() / total:.0%} of {of} can go from {', '.join(_kinds(losses))}"
+                f"at most {removed() / total:.0%} of {of} can go from {', '.join(_kinds(losses))} with sizes of this "
+                "`multiple`"
             )
         step = min(steps)
         shapes[step.block] = replace(shapes[step.block], **{SIZES[step.kind]: step.left})

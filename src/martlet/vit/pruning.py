@@ -33,7 +33,8 @@ class Pruning(Technique):
         groups: what may be cut: `heads`, `qk` (dimensions of each head's queries and keys), `v` (of its values),
             `hidden` (units of MLPs).
         multiple: sizes that are left are multiples of it: dimensions of heads, and hidden units. Kernels work on so
-            many at once.
+            many at once: with multiples of 8 of them a ViT-Ti saves less time for each MAC. Heads of as many dimensions
+            or fewer stay.
     """
 
     stage: ClassVar[Stage] = Stage.MODULE
@@ -42,7 +43,7 @@ class Pruning(Technique):
 
     prune_ratio: float = 0.2
     groups: tuple[str, ...] = ("qk", "v", "hidden")
-    multiple: int = 8
+    multiple: int = 16
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))

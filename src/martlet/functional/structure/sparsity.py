@@ -22,6 +22,21 @@ def smallest(scores: Tensor, zeros: int, of: int, run: int = 1) -> Tensor:
     return gone[..., None].expand(*gone.shape, run).flatten(1)
 
 
+def least(weight: Tensor, share: float) -> Tensor:
+    """True for this share of a weight's numbers, rounded down, those of the least size."""
+    gone = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    gone[weight.abs().flatten().topk(int(share * weight.numel()), largest=False).indices] = True
+    return gone.view_as(weight)
+
+
+def gradual(sparsity: float, done: float) -> float:
+    """The share that is zero when so much of the schedule is done, from 0 to 1: all of `sparsity` from 1 on.
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv 1710.01878, equation 1, from none at the start.
+    """
+    return sparsity * (1 - (1 - min(done, 1.0)) ** 3)
+
+
 def pattern_of(is_zero: Tensor, sizes: Tensor, zeros: int, of: int, run: int = 1) -> Tensor | None:
     """True where zeros (O, I) make the pattern of `smallest`; None if there are too few.
 

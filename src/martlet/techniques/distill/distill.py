@@ -14,7 +14,7 @@ from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.functional.distillation import divergence, hard, relation_divergence, relations, relative_error
-from martlet.training.objective import Batch, Objective, Teacher
+from martlet.training.objective import Batch, Objective, Taught, Teacher
 from martlet.training.signals import counterparts, observe
 from martlet.training.technique import Training
 from martlet.vit.view import VitView, view
@@ -80,18 +80,12 @@ class Distill(Training):
         return Inside(teacher, temperature, view(model.module), self.features, self.relations, context.seed)
 
 
-class Logits(Objective):
+class Logits(Taught):
     """temperature: None learns the teacher's first answer."""
 
     def __init__(self, teacher: Teacher, temperature: float | None) -> None:
-        super().__init__()
-        self.teacher, self.temperature = teacher, temperature
-
-    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
-        return self.judge(student(batch.images), batch)
-
-    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.error(logits, self.teacher(batch.images))
+        super().__init__(teacher)
+        self.temperature = temperature
 
     def error(self, logits: Tensor, wanted: Tensor) -> Tensor:
         return hard(logits, wanted) if self.temperature is None else divergence(logits, wanted, self.temperature)

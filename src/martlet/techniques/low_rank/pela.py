@@ -14,9 +14,8 @@ from martlet.core.errors import RecipeError
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
-from martlet.functional.distillation import divergence
 from martlet.nn.low_rank import LowRankLinear
-from martlet.training.objective import Batch, Objective, Teacher
+from martlet.training.objective import Batch, Objective, Taught, Teacher
 from martlet.training.signals import observe
 from martlet.training.technique import Training
 from martlet.vit.view import view
@@ -88,20 +87,20 @@ def _factors(module: nn.Module) -> dict[str, LowRankLinear]:
     return {name: each for name, each in module.named_modules() if isinstance(each, LowRankLinear)}
 
 
-class Held(Objective):
+class Held(Taught):
     """weights: of the Linears before they were factorized, by name. The others are the technique's settings."""
 
     def __init__(
         self, teacher: Teacher, weights: Mapping[str, Tensor], features: float, perturbation: float, limit: float
     ) -> None:
-        super().__init__()
-        self.teacher, self._weights = teacher, {name: weight.detach() for name, weight in weights.items()}
+        super().__init__(teacher)
+        self._weights = {name: weight.detach() for name, weight in weights.items()}
         self.features, self.perturbation, self.limit = features, perturbation, limit
 
     def loss(self, student: nn.Module, batch: Batch) -> Tensor:
         logits, own = observe(student, batch.images)
         wanted, theirs = self.teacher.observe(batch.images)
-        loss = divergence(logits, wanted)
+        loss = self.error(logits, wanted)
         if self.features:
             pairs = zip(own.tokens, theirs.tokens, strict=True)
             loss = loss + self.features * torch.stack([functional.mse_loss(a, b) for a, b in pairs]).mean()
@@ -116,6 +115,3 @@ class Held(Objective):
             for name, factors in _factors(student).items()
         ]
         return (torch.stack(changes) - self.limit).square().mean()
-
-    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
-        return divergence(logits, self.teacher(batch.images))

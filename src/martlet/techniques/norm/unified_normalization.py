@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from martlet.core.facts import Fact
 from martlet.core.model import Model
 from martlet.core.technique import Context, Stage
-from martlet.functional.distillation import divergence
 from martlet.functional.normalization import Pairs
 from martlet.nn.unified_norm import UnifiedNorm
-from martlet.training.objective import Batch, Objective, Teacher
+from martlet.training.objective import Objective, Taught, Teacher
 from martlet.training.technique import Training
 from martlet.vit.norms import NormSite, add_biases_, fold_, norm_sites, take_out_
 from martlet.vit.structure import put_
@@ -71,12 +70,12 @@ class UnifiedNormalization(Training):
         return UnifiedNorms(Teacher(context.teacher, model), norm_sites(view(model.module), self.name), images)
 
 
-class UnifiedNorms(Objective):
+class UnifiedNorms(Taught):
     """The teacher's logits, learned by a student whose norms are constants for the time of the training."""
 
     def __init__(self, teacher: Teacher, sites: Sequence[NormSite], images: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.teacher, self._sites, self._images = teacher, sites, images
+        super().__init__(teacher)
+        self._sites, self._images = sites, images
 
     def prepare_(self, student: nn.Module) -> None:
         vit = view(student)
@@ -95,12 +94,6 @@ class UnifiedNorms(Objective):
             assert isinstance(layer, UnifiedNorm)
             fold_(site, *layer.affine())
         take_out_(vit, self._sites)
-
-    def loss(self, student: nn.Module, batch: Batch) -> Tensor:
-        return self.judge(student(batch.images), batch)
-
-    def judge(self, logits: Tensor, batch: Batch) -> Tensor:
-        return divergence(logits, self.teacher(batch.images))
 
 
 @torch.no_grad()
