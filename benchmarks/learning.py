@@ -185,6 +185,16 @@ COMPARISONS = {
         },
         measures={"before_pct": tasks.before},
     ),
+    "sparse, more images": Comparison(
+        start=functools.partial(tasks.trained, images=20_000),
+        recipes={
+            "distill": f"[{RECOVERED}]",
+            "gpusq-vit, 8 bits": f"[{RECOVERED}, uniform: {{weight_bits: 8, activation_bits: 8}}]",
+            "gpusq-vit": f"[{RECOVERED}, uniform: {{weight_bits: 4, activation_bits: 8}}, lsq: {{{AFTER}}}]",
+        },
+        seeds=(0,),
+        measures={"before_pct": tasks.before},
+    ),
     "sparse convolutions": Comparison(
         start=tasks.mobilenet,
         recipes={
@@ -200,6 +210,14 @@ COMPARISONS = {
     "unnormalized": Comparison(
         start=tasks.trained,
         recipes={way: f"[{way}: {{{AFTER}}}]" for way in ("distill", "unified_normalization")},
+        measures={"before_pct": tasks.before},
+    ),
+    "unnormalized, more images": Comparison(
+        start=functools.partial(tasks.trained, images=20_000),
+        recipes={
+            way: f"[{way}: {{epochs: 10.0, batch: 64, rate: 0.0015}}]" for way in ("distill", "unified_normalization")
+        },
+        seeds=(0,),
         measures={"before_pct": tasks.before},
     ),
     "never normalized": Comparison(

@@ -94,10 +94,10 @@ def random(assets: Path, folder: Path, seed: int, progress: Progress, images: in
     return _start(train.small(None, seed), assets, seed, progress, images=images)
 
 
-def trained(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:
+def trained(assets: Path, folder: Path, seed: int, progress: Progress, images: int = FEW) -> Start:
     """A small ViT that knows CIFAR-10."""
     model = train.small(assets)
-    return _start(model, assets, seed, progress, teacher=model)
+    return _start(model, assets, seed, progress, images=images, teacher=model)
 
 
 def student(assets: Path, folder: Path, seed: int, progress: Progress) -> Start:

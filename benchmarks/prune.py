@@ -335,27 +335,34 @@ def claimed(bench: Bench, options: argparse.Namespace, progress: Progress) -> li
 
 
 def timed(bench: Bench, options: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
-    """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved; batch 1."""
-    context, precision = bench.for_engine(progress), floating()
+    """The whole model and the pruned ones on OpenVINO, in float and in int8, interleaved, at batch 1.
+
+    With one thread, and with all, each of which waits for the others at every product.
+    """
+    context, precision, seed = bench.for_engine(progress), floating(), bench.settings.seed
     probe = next(iter(bench.calibration))[:1].numpy()
-    with ExitStack() as stack:
-        runs, macs_removed = {}, {}
-        for name, model in _timed_models(bench, options.timed, options.ratios, progress):
-            rounded = pipeline.run(model, Recipe.load("int8"), context)
-            for form, each, computed in (precision, model, precision), ("int8", rounded, rounded.precision):
-                runs[f"{name}, {form}"] = running(stack, each, computed, probe)
-                macs_removed[f"{name}, {form}"] = 1 - total_macs(model) / bench.macs
-        times = latency.interleave(runs, seed=bench.settings.seed, min_seconds=options.seconds, progress=progress)
-    wholes = {form: times[f"whole, {form}"] for form in (precision, "int8")}
-    return [
-        {
-            "name": name,
-            "macs_removed_ratio": macs_removed[name],
-            "latency_ms": latency.summary(ms),
-            "speedup": latency.ratio(wholes[name.rpartition(", ")[2]], ms, bench.settings.seed),
-        }
-        for name, ms in times.items()
-    ]
+    models, macs_removed = {}, {}
+    for name, model in _timed_models(bench, options.timed, options.ratios, progress):
+        rounded = pipeline.run(model, Recipe.load("int8"), context)
+        for form, each, computed in (precision, model, precision), ("int8", rounded, rounded.precision):
+            models[f"{name}, {form}"] = each, computed
+            macs_removed[f"{name}, {form}"] = 1 - total_macs(model) / bench.macs
+    found = []
+    for threads in sorted({1, cores()}):
+        with ExitStack() as stack:
+            runs = {name: running(stack, model, computed, probe, threads) for name, (model, computed) in models.items()}
+            times = latency.interleave(runs, seed=seed, min_seconds=options.seconds, progress=progress)
+        found += [
+            {
+                "name": name,
+                "threads": threads,
+                "macs_removed_ratio": macs_removed[name],
+                "latency_ms": latency.summary(ms),
+                "speedup": latency.ratio(times[f"whole, {name.rpartition(', ')[2]}"], ms, seed),
+            }
+            for name, ms in times.items()
+        ]
+    return found
 
 
 def floating() -> str:
@@ -363,11 +370,13 @@ def floating() -> str:
     return "bf16" if "bf16" in engines.get(ENGINE).alternatives() else "f32"
 
 
-def running(stack: ExitStack, model: Model, precision: str, probe: np.ndarray) -> Callable[[], object]:
-    """What calls the model on the engine; its files go with the stack."""
+def running(
+    stack: ExitStack, model: Model, precision: str, probe: np.ndarray, threads: int = 0
+) -> Callable[[], object]:
+    """What calls the model on the engine, with all threads if it isn't said; its files go with the stack."""
     engine, folder = engines.get(ENGINE), Path(stack.enter_context(tempfile.TemporaryDirectory()))
     engine.lower(model, folder)
-    return functools.partial(engine.open(folder, precision=precision, threads=cores()), probe)
+    return functools.partial(engine.open(folder, precision=precision, threads=threads), probe)
 
 
 def block_table(bench: Bench, seconds: float, progress: Progress) -> dict[str, Any]:

@@ -155,8 +155,8 @@ def blocks_of_zeros(model: Model, context: Context) -> Iterator[tuple[str, Model
     """With blocks of zeros that stand for 30% of the MACs, chosen by loss and by size."""
     ways = {
         "lpvit": LPViT(prune_ratio=0.3),
-        "lpvit, without power": LPViT(prune_ratio=0.3, power=False),
-        "magnitude of blocks": SmallestBlocks(prune_ratio=0.3, power=False),
+        "lpvit, with power": LPViT(prune_ratio=0.3, power=True),
+        "magnitude of blocks": SmallestBlocks(prune_ratio=0.3),
     }
     for name, technique in ways.items():
         yield name, pipeline.run(model, Recipe((technique,)), context)

@@ -106,7 +106,7 @@ SMALL = {
     ),
     "hybrid": Small(model="timm:mobilevit_xxs", size=64, training=Finetune(epochs=5.0, rate=2e-3)),
     "efficientvit": Small(model="timm:efficientvit_b0", size=64, training=Finetune(epochs=5.0, rate=2e-3)),
-    "mobilenet": Small(model="timm:mobilenetv2_050", size=64, training=Finetune(epochs=6.0, rate=2e-3)),
+    "mobilenet": Small(model="timm:mobilenetv2_050", size=64, training=Finetune(epochs=12.0, rate=2e-3)),
     "mamba": Small(
         model="martlet:efficientvmamba_tiny",
         size=32,

@@ -99,7 +99,7 @@ def test_the_page_of_pruning_ranks_by_accuracy_and_names_what_failed(docs):
     ]
     speed = {"median": 1.25, "low": 1.2, "high": 1.4}
     its = {"median": 5.0, "p05": 4.0, "p95": 6.0, "n": 9}
-    latency = [{"name": "better, int8", "macs_removed_ratio": 0.4, "latency_ms": its, "speedup": speed}]
+    latency = [{"name": "better, int8", "threads": 1, "macs_removed_ratio": 0.4, "latency_ms": its, "speedup": speed}]
     claim = {"claim": "A claim", "parameters": 2_000_000, "zeros_ratio": 0.25, "macs_removed_ratio": 0.0}
     model = {
         "name": "a_model",
@@ -132,7 +132,7 @@ def test_the_page_of_pruning_ranks_by_accuracy_and_names_what_failed(docs):
     assert "| 3.46 M | 50.0 | 7 |" in page
     assert "RuntimeError: sizes | – | – | – |" in page
     assert "`better` is 20.0 points above the best of Torch-Pruning's." in page  # neither rounded nor trained
-    assert "| better, int8 | 40.0% | 5.00 | 1.25 (1.20–1.40) × | 0.50 |" in page
+    assert "| better, int8 | 1 | 40.0% | 5.00 | 1.25 (1.20–1.40) × | 0.50 |" in page
     assert "| one | 2.00 M | 25.0% | 0.0% | 9.0 |" in page
     assert page.rstrip().endswith("torch 2 (9).")
 

@@ -92,10 +92,19 @@ def _speeds(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for e in models:
         faster, removed = e["speedup"], e["macs_removed_ratio"]
         share = f"{(1 - 1 / faster['median']) / removed:.2f}" if removed else "–"
-        rows.append((e["name"], f"{removed:.1%}", f"{e['latency_ms']['median']:.2f}", f"{interval(faster)} ×", share))
+        rows.append(
+            (
+                e["name"],
+                str(e["threads"]),
+                f"{removed:.1%}",
+                f"{e['latency_ms']['median']:.2f}",
+                f"{interval(faster)} ×",
+                share,
+            )
+        )
     heading = (
-        "Model, and what it is computed in", "MACs removed", "Median ms", "Faster than the whole, in the same",
-        "Time saved over MACs saved",
+        "Model, and what it is computed in", "Threads", "MACs removed", "Median ms",
+        "Faster than the whole, in the same", "Time saved over MACs saved",
     )  # fmt: skip
     yield from ("", "### Speed on OpenVINO, batch 1, interleaved", "", *table(heading, rows))
 
