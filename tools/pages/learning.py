@@ -47,7 +47,7 @@ ABOUT = {
     "weights of its 1 × 1 convolutions become zero while it trains, which is to cost a point at most (1911.09723).",
     "unnormalized": "The same, its norms becoming constants that the Linears take over, which is to cost half a point "
     "at most (2208.01313).",
-    "unnormalized, more images": "The same with ten times the images, twice as often.",
+    "unnormalized, more images": "The same with ten times the images, and a higher rate.",
     "never normalized": "A ViT of half the width, from random weights, taught by the small one: with norms of tokens, "
     "and with constants in their place from the start, as the paper trains.",
     "tuned": "ViT-Ti with ImageNet weights and a new classifier, at 64 pixels. `lora_ga` is to reach in half the steps "
