@@ -26,9 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import moving_cifar
 import peers
-from cifar import ASSETS, CLASSES
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report, store
@@ -52,7 +50,9 @@ from martlet.recipe_search.whole import search
 from martlet.source import load_model
 from martlet.techniques.exits.eco_m2f import LIKELIEST, EcoM2F
 from search import told
-from tuning_tasks import base
+from setups import moving_cifar
+from setups.cifar import ASSETS, CLASSES
+from setups.tuning_tasks import base
 
 HOST = ("resolution: {size: 160}", "finetune: {epochs: 2.0, batch: 32, rate: 1.0e-4, precision: bf16}")
 NAME = "timm:vit_tiny_patch16_224 at 160 px, tuned to CIFAR-10"

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import cifar
 import peers
 import small_models
 from martlet import engine as engines
@@ -35,6 +34,7 @@ from martlet.core.technique import Context, Progress
 from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.engine.base import Op, cores
+from setups import cifar
 
 if TYPE_CHECKING:
     from martlet.core.model import Model

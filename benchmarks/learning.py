@@ -26,11 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import learning_tasks as tasks
 import peers
 import train
-from cifar import ASSETS
-from learning_tasks import Start
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
@@ -40,6 +37,9 @@ from martlet.core.technique import Context, Progress, silent
 from martlet.data.calibration import Calibration
 from martlet.measure.macs import macs
 from martlet.measure.size import params
+from setups import learning_tasks as tasks
+from setups.cifar import ASSETS
+from setups.learning_tasks import Start
 
 PACKAGES = ("torch", "timm", "peft", "accelerate", "numpy")
 

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from contenders import BATCH, CONTENDERS, NNCF, OPENVINO_FP32, OTHER_NNCF, Case, Contender, Peer, Ready, eager
 from martlet.cli.terminal import facts, note, one_line, show, table, working
 from martlet.core import report
 from martlet.core.errors import ArtifactError, EngineError, MartletError, NumericsError, UsageError, nearest
 from martlet.core.technique import Progress
 from martlet.engine.base import Session, cores, first_line
+from setups.contenders import BATCH, CONTENDERS, NNCF, OPENVINO_FP32, OTHER_NNCF, Case, Contender, Peer, Ready, eager
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -47,8 +47,8 @@ from martlet.vit.budget import total_macs
 from martlet.vit.latency_law import fit_law, read_law
 from martlet.vit.structure import BlockShape, restore_structure_, shape_of
 from martlet.vit.view import view
-from prune_ways import CLAIMS, ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
-from subjects import SUBJECTS
+from setups.prune_ways import CLAIMS, ENTRIES, OURS, PER_MATRIX, THEIRS, per_matrix, torch_pruning
+from setups.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from martlet.core.model import Model

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import cifar
 import peers
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
@@ -31,7 +30,8 @@ from martlet.data import open_images
 from martlet.data.calibration import Calibration
 from martlet.measure import memory
 from martlet.measure.fidelity import fidelity
-from subjects import SUBJECTS
+from setups import cifar
+from setups.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

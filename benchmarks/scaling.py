@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import peers
-import scaling_nets
-from cifar import ASSETS, CLASSES, MEAN, STD
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline
 from martlet.core.errors import MartletError
@@ -44,6 +42,8 @@ from martlet.recipe_search.scaling import factors as gaussian
 from martlet.recipe_search.scaling.growth import Size, grow
 from martlet.recipe_search.scaling.topology import reinforce
 from martlet.techniques.tune.finetune import Finetune
+from setups import scaling_nets
+from setups.cifar import ASSETS, CLASSES, MEAN, STD
 from train import top1
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from cifar import ASSETS
 from martlet.cli.terminal import note, working
 from martlet.core.errors import MartletError
 from martlet.recipe_search.whole import search
 from martlet.source import load_model
+from setups.cifar import ASSETS
 
 MODEL, WEIGHTS = "timm:vit_tiny_patch16_224", "vit_tiny_patch16_224.in1k.safetensors"
 IMAGES = Path("imagenet1k-val-227px", "test.parquet")

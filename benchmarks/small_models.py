@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cifar
 import peers
 from martlet.cli.terminal import note, working
 from martlet.core import report
@@ -32,7 +31,8 @@ from martlet.measure.size import params
 from martlet.source import load_model
 from martlet.techniques.tune.finetune import Finetune
 from martlet.training.job import train as martlet_train
-from tuning_tasks import WEIGHTS, renewed
+from setups import cifar
+from setups.tuning_tasks import WEIGHTS, renewed
 
 if TYPE_CHECKING:
     from martlet.core.model import Model

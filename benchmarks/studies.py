@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-import cifar
 import peers
 import ptq
 from martlet.cli.terminal import note, working
@@ -28,7 +27,8 @@ from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.graph import allocation
 from martlet.graph.low_bit import LowBit
-from subjects import SUBJECTS
+from setups import cifar
+from setups.subjects import SUBJECTS
 
 CHANCE = 3
 """How many random allocations."""

@@ -31,8 +31,6 @@ from optuna.trial import BaseTrial
 from torch import Tensor, nn
 
 import peers
-from cifar import ASSETS
-from elastic import BLOCKS, DEPTH, HEADS, HIDDEN, SMALLEST, WHOLE, Choice, Elastic, examples, ordered_, subnet
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline
 from martlet.core.errors import MartletError, UsageError
@@ -47,6 +45,8 @@ from martlet.functional.quantize.formats import IntegerGrid
 from martlet.functional.quantize.gptq import round_to_nearest
 from martlet.recipe_search import strategies
 from martlet.recipe_search.strategies.linas import Predictor
+from setups.cifar import ASSETS
+from setups.elastic import BLOCKS, DEPTH, HEADS, HIDDEN, SMALLEST, WHOLE, Choice, Elastic, examples, ordered_, subnet
 from train import small, top1
 
 BITS = (4, 8)

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import cifar
 import exits
 import peers
 from martlet import engine as engines
@@ -44,6 +43,7 @@ from martlet.measure.fidelity import fidelity
 from martlet.measure.macs import macs
 from martlet.recipe_search.space import expected_drop_pct
 from martlet.source import load_model
+from setups import cifar
 from token_parts import Some
 from token_parts.counts import compressed
 from token_parts.maps import maps

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from cifar import ASSETS, CLASSES, MEAN, STD, preprocess
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, report
 from martlet.core.errors import MartletError
@@ -35,6 +34,7 @@ from martlet.data.examples import Examples
 from martlet.measure import latency
 from martlet.source import load_model
 from martlet.techniques.tune.finetune import Finetune
+from setups.cifar import ASSETS, CLASSES, MEAN, STD, preprocess
 
 WEIGHTS = "vit_d128x4.cifar10.safetensors"
 KWARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2}

@@ -28,7 +28,6 @@ import numpy as np
 
 import peers
 import train
-from cifar import ASSETS, CLASSES
 from martlet import engine as engines
 from martlet.cli.terminal import note, working
 from martlet.core import pipeline, registry, store
@@ -42,7 +41,8 @@ from martlet.measure import latency
 from martlet.measure.size import params
 from martlet.training.technique import Training
 from martlet.vit.image_size import set_image_size_
-from tuning_tasks import WEIGHTS, base, few
+from setups.cifar import ASSETS, CLASSES
+from setups.tuning_tasks import WEIGHTS, base, few
 
 if TYPE_CHECKING:
     import torch

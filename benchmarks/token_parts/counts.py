@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-import cifar
 from martlet import engine as engines
 from martlet.cli.terminal import working
 from martlet.core import pipeline
@@ -25,6 +24,7 @@ from martlet.measure.macs import macs
 from martlet.source import load_model
 from martlet.training.objective import Batch, CrossEntropy, Objective
 from martlet.training.technique import Training
+from setups import cifar
 
 SIDES = (2, 4, 6)
 """Compressed tokens down and across, of 8 by 8 patches."""

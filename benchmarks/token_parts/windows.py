@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cifar
 import small_models
 from martlet.cli.terminal import working
 from martlet.core import pipeline
@@ -17,6 +16,7 @@ from martlet.data import open_images
 from martlet.measure.fidelity import fidelity
 from martlet.measure.macs import macs
 from martlet.techniques.tokens.sparsevit import SparseViT, search_ratios
+from setups import cifar
 
 SIDE = 64
 """Pixels, twice those that the Swin was trained at: it has 16 windows in its first stage, and 4 in its second."""

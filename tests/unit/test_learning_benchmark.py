@@ -20,7 +20,7 @@ from martlet.source import load_model
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
-tasks = pytest.importorskip("learning_tasks")
+tasks = pytest.importorskip("setups.learning_tasks")
 learning = pytest.importorskip("learning")
 page = pytest.importorskip("pages.learning")
 

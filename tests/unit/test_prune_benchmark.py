@@ -16,7 +16,7 @@ from martlet.vit.budget import total_macs
 from martlet.vit.view import view
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
-prune_ways = pytest.importorskip("prune_ways")
+prune_ways = pytest.importorskip("setups.prune_ways")
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-nets = pytest.importorskip("scaling_nets")
+nets = pytest.importorskip("setups.scaling_nets")
 scaling = pytest.importorskip("scaling")
 
 

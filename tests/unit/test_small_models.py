@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 small_models = pytest.importorskip("small_models")
-cifar = pytest.importorskip("cifar")
+cifar = pytest.importorskip("setups.cifar")
 
 from martlet.core.errors import UsageError  # noqa: E402
 from martlet.data import open_images  # noqa: E402

@@ -15,7 +15,7 @@ from martlet.functional import pareto
 from martlet.source import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-elastic = pytest.importorskip("elastic")
+elastic = pytest.importorskip("setups.elastic")
 supernet = pytest.importorskip("supernet")
 
 CHOICE = {"depth": 3, **{f"heads{i}": n for i, n in enumerate((2, 4, 3, 3))}} | {

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar import CLASSES
 from martlet.core.model import Model
 from martlet.core.technique import Context
 from martlet.data import open_images
@@ -23,6 +22,7 @@ from martlet.training.objective import Batch, CrossEntropy, Objective
 from martlet.training.technique import Training
 from martlet.vit.structure import put_attention_, read_attention, read_mlp, write_mlp_
 from martlet.vit.view import view
+from setups.cifar import CLASSES
 
 DEPTH, HEADS, HIDDEN = (3, 4), (2, 3, 4), (64, 128, 192, 256)
 BLOCKS = range(max(DEPTH))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import peers
 import small_models
-from tuning_tasks import vit_tiny
+from setups.tuning_tasks import vit_tiny
 
 if TYPE_CHECKING:
     from martlet.core.model import Model

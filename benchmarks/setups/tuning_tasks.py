@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar import CLASSES
 from martlet.core.model import Model
 from martlet.data import open_images
 from martlet.data.examples import Examples
 from martlet.source import load_model
+from setups.cifar import CLASSES
 
 WEIGHTS = "vit_tiny_patch16_224.in1k.safetensors"
 

@@ -13,7 +13,6 @@ import numpy as np
 import peers
 import small_models
 import train
-from cifar import CLASSES, preprocess
 from martlet.core import pipeline
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
@@ -26,7 +25,8 @@ from martlet.source import load_model
 from martlet.training.job import train as martlet_train
 from martlet.vit.image_size import set_image_size_
 from martlet.vit.view import view
-from tuning_tasks import base, few, renewed, vit_tiny
+from setups.cifar import CLASSES, preprocess
+from setups.tuning_tasks import base, few, renewed, vit_tiny
 
 if TYPE_CHECKING:
     from torch import Tensor

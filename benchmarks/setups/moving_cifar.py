@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cifar import MEAN, STD
 from martlet import engine as engines
 from martlet.core import report
 from martlet.core.model import Model
@@ -30,6 +29,7 @@ from martlet.engine.stream import Stream
 from martlet.functional import switching
 from martlet.measure import latency
 from martlet.measure.macs import macs
+from setups.cifar import MEAN, STD
 
 CANVAS, SIDE, DIM, BLUR = 32, 12, 0.4, 5
 """Pixels, pixels, the share of the background's contrast that is left, and how many places a frame is the mean of."""

@@ -1,0 +1,1 @@
+"""What benchmarks measure on, and what they hold beside each other: models, images, ways. Nobody runs these."""
