@@ -171,12 +171,12 @@ def networks(settings: Settings) -> Any:
         return lambda: session(image)
 
     for name in NETWORKS:
-        whole = load_model(f"timm:{name}", weights="random", seed=settings.seed)
-        whole = pipeline.run(whole, Recipe.from_yaml("martlet: 1\npasses: [fuse]"), Context(images=Images()))
+        unfused = load_model(f"timm:{name}", weights="random", seed=settings.seed)
+        whole = pipeline.run(unfused, Recipe.from_yaml("martlet: 1\npasses: [fuse]"), Context(images=Images()))
         floats = [each for each in openvino.alternatives() if each != "f16"]
         runs = {f"OpenVINO {each}": opened(whole, each) for each in floats}
         context = Context(images=Images(), engine="openvino", int8=openvino.int8)
-        runs["OpenVINO int8"] = opened(pipeline.run(whole, Recipe.load("int8"), context), "f32")
+        runs["OpenVINO int8"] = opened(pipeline.run(unfused, Recipe.load("int8"), context), "f32")
         dense = TorchSession(whole.copy(), 1, "f32", settings.threads)
         runs["PyTorch f32"] = lambda dense=dense: dense(image)
         for sparsity in SPARSITIES:

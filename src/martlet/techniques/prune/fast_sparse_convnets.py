@@ -28,8 +28,9 @@ class FastSparseConvNets(Training):
 
     Zeros come quickly at first and ever more slowly until half of the training is over, and stay zero in every training
     after it. Depthwise and larger convolutions, those of a single place (squeeze and excitation), and Linears stay.
-    The engine `torch` multiplies what isn't zero, from `sparsity` 0.8 on in float32; OpenVINO and ONNX Runtime multiply
-    zeros as all else, for which `int8` is the faster way.
+    The engine `torch` multiplies what isn't zero, from `sparsity` 0.8 on in float32. OpenVINO and ONNX Runtime multiply
+    zeros as all else, and take a whole network faster so than `torch` does without them (docs/kernels.md): this is for
+    where PyTorch is what runs, or a runtime with kernels of its own.
 
     Args:
         sparsity: the share of the weights of each such convolution that becomes zero; 0.9 is where the kernel is twice
@@ -38,7 +39,7 @@ class FastSparseConvNets(Training):
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
     Cost: about four inferences a step and image, in floating point; at run time on the engine `torch`, about half of
-        the time of such convolutions at 0.9.
+        the time of such convolutions at 0.9, and what all else takes.
     Paper: Elsen et al., Fast Sparse ConvNets, 2020, arXiv 1911.09723, from its abstract and official code; the schedule
         is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017, arXiv 1710.01878.
     Differs: the kernel is PyTorch's product of compressed sparse rows, on x86 MKL's, where the paper has its own for
