@@ -79,7 +79,7 @@ BLOCKS = tuple(
 """Sizes of a ViT-Ti's blocks and smaller ones."""
 TIMED = ("ziplm", "afm", "comcat")
 """Entries of which speed is asked, unless others are named, each also followed by int8."""
-DISTILL: dict[str, Any] = {"epochs": 1000.0, "batch": 50, "rate": 2e-4}
+DISTILL: dict[str, Any] = {"epochs": 1000.0, "batch": 50, "rate": 3e-5}
 BATCH = 50
 
 
