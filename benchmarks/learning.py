@@ -185,7 +185,7 @@ COMPARISONS = {
         measures={"before_pct": tasks.before},
     ),
     "sparse, more images": Comparison(
-        start=functools.partial(tasks.trained, images=20_000),
+        start=functools.partial(tasks.trained, images=10_000),
         recipes={
             "distill": f"[{RECOVERED}]",
             "gpusq-vit, 8 bits": f"[{RECOVERED}, uniform: {{weight_bits: 8, activation_bits: 8}}]",
@@ -209,7 +209,7 @@ COMPARISONS = {
         measures={"before_pct": tasks.before},
     ),
     "unnormalized, more images": Comparison(
-        start=functools.partial(tasks.trained, images=20_000),
+        start=functools.partial(tasks.trained, images=10_000),
         recipes={"unified_normalization": "[unified_normalization: {epochs: 5.0, batch: 64, rate: 0.0015}]"},
         seeds=(0,),
         measures={"before_pct": tasks.before},

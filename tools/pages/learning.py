@@ -42,12 +42,12 @@ ABOUT = {
     "learning how tokens attend to each other too, each of which is to bring back more (2204.07154).",
     "sparse": "The same, four of each eight weights zero in pairs; `gpusq-vit` is rounded to 4 bits on top (simulated) "
     "and is to lose a point at most (Yu et al., 2023).",
-    "sparse, more images": "The same with ten times the images, and `lsq` of as many epochs.",
+    "sparse, more images": "The same with five times the images, and `lsq` of as many epochs.",
     "sparse convolutions": "A MobileNetV2 of half the width that knows CIFAR-10, on all images: 80 and 90 % of the "
     "weights of its 1 × 1 convolutions become zero while it trains, which is to cost a point at most (1911.09723).",
     "unnormalized": "The same, its norms becoming constants that the Linears take over, which is to cost half a point "
     "at most (2208.01313).",
-    "unnormalized, more images": "The same with ten times the images, and a higher rate.",
+    "unnormalized, more images": "The same with five times the images, and a higher rate.",
     "never normalized": "A ViT of half the width, from random weights, taught by the small one: with norms of tokens, "
     "and with constants in their place from the start, as the paper trains.",
     "tuned": "ViT-Ti with ImageNet weights and a new classifier, at 64 pixels. `lora_ga` is to reach in half the steps "
