@@ -197,7 +197,7 @@ COMPARISONS = {
     "sparse convolutions": Comparison(
         start=tasks.mobilenet,
         recipes={
-            f"{sparsity:.0%} zeros": f"[fast_sparse_convnets: {{epochs: 5.0, rate: 0.002, sparsity: {sparsity}}}]"
+            f"{sparsity:.0%} zeros": f"[fast_sparse_convnets: {{epochs: 3.0, rate: 0.002, sparsity: {sparsity}}}]"
             for sparsity in (0.8, 0.9)
         },
         seeds=(0,),
