@@ -69,6 +69,11 @@ HALF = f"{ROUNDED}, teacher_intervention: {{epochs: 0.5, batch: 64, rate: 0.0005
 AFTER = "epochs: 5.0, batch: 64, rate: 0.0005"
 SPARSE = "sparsegpt: {zeros: 4, of: 8, run: 2}"
 RECOVERED = f"{SPARSE}, distill: {{{AFTER}, features: 1.0}}"
+SHARED = {
+    "shared, distill": f"[minivit: {{mixed: false}}, distill: {{{AFTER}}}]",
+    "minivit, distill": f"[minivit, distill: {{{AFTER}}}]",
+    "minivit, relations": f"[minivit, distill: {{{AFTER}, relations: 1.0}}]",
+}
 FLATNESS = {"eigenvalue": tasks.eigenvalue, "active_pct": tasks.active}
 COMPARISONS = {
     "random": Comparison(
@@ -166,13 +171,11 @@ COMPARISONS = {
         },
         measures={"before_pct": tasks.before},
     ),
-    "shared": Comparison(
-        start=tasks.trained,
-        recipes={
-            "shared, distill": f"[minivit: {{mixed: false}}, distill: {{{AFTER}}}]",
-            "minivit, distill": f"[minivit, distill: {{{AFTER}}}]",
-            "minivit, relations": f"[minivit, distill: {{{AFTER}, relations: 1.0}}]",
-        },
+    "shared": Comparison(start=tasks.trained, recipes=SHARED, measures={"before_pct": tasks.before}),
+    "shared, more images": Comparison(
+        start=functools.partial(tasks.trained, images=10_000),
+        recipes=SHARED,
+        seeds=(0,),
         measures={"before_pct": tasks.before},
     ),
     "sparse": Comparison(

@@ -40,6 +40,7 @@ ABOUT = {
     "logits alone (2310.10700).",
     "shared": "The same, each two blocks sharing their weights: these alone, with mixtures of heads (`minivit`), and "
     "learning how tokens attend to each other too, each of which is to bring back more (2204.07154).",
+    "shared, more images": "The same with five times the images.",
     "sparse": "The same, four of each eight weights zero in pairs; `gpusq-vit` is rounded to 4 bits on top (simulated) "
     "and is to lose a point at most (Yu et al., 2023).",
     "sparse, more images": "The same with five times the images, and `lsq` of as many epochs.",
