@@ -27,9 +27,9 @@ class Distill(Training):
     """Train the model as it stands to give the logits of a teacher: the untouched model, or a better one.
 
     What pruning, factorizing or reducing tokens cost comes back this way, from images without labels. A model that is
-    as it was learns from itself, which `mixup` or a policy of `augment` make more than what it knows. One that is nearly
-    right, as after a repair, wants a tenth of the default rate, or it forgets more than it gains. To start from
-    random weights, or from a task of one's own, labels say more (`finetune`).
+    as it was learns from itself, which `mixup` or a policy of `augment` make more than what it knows. One that a repair
+    left nearly right wants a tenth of the default rate, or it forgets more than it gains. To start from random
+    weights, or from a task of one's own, labels say more (`finetune`).
 
     Args:
         logits: `soft`, the teacher's probabilities; `hard`, only its first answer.
