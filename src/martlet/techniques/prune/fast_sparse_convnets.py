@@ -33,13 +33,14 @@ class FastSparseConvNets(Training):
     where PyTorch is what runs, or a runtime with kernels of its own.
 
     Args:
-        sparsity: the share of the weights of each such convolution that becomes zero; 0.9 is where the kernel is twice
-            as fast as the dense one.
+        sparsity: the share of the weights of each such convolution that becomes zero. At 0.9 the kernel is twice as
+            fast as the dense one, and at 0.8 about as fast.
 
     Shape: none changes.
     Needs: images; labels aren't used. A teacher of the same classes: the untouched model if none is given.
-    Cost: about four inferences a step and image, in floating point; at run time on the engine `torch`, about half of
-        the time of such convolutions at 0.9, and what all else takes.
+    Cost: about four inferences a step and image, in floating point; at run time on the engine `torch`, at 0.9, about
+        half of the time of such convolutions and all of what the rest takes: MobileNets are 1.1 to 1.3 times as fast.
+        Small networks lose much accuracy in a short training (docs/learning.md).
     Paper: Elsen et al., Fast Sparse ConvNets, 2020, arXiv 1911.09723, from its abstract and official code; the schedule
         is equation 1 of Zhu and Gupta, To prune, or not to prune, 2017, arXiv 1710.01878.
     Differs: the kernel is PyTorch's product of compressed sparse rows, on x86 MKL's, where the paper has its own for
