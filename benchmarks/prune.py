@@ -132,6 +132,9 @@ def measured(bench: Bench, found: dict[str, Any], options: argparse.Namespace) -
             told["models"] += claimed(bench, claim, progress)
         told["environment"] = environment()
         yield
+    if "table" in options.parts:  # which slimming takes
+        with working(f"{bench.name}: table") as progress:
+            peers.write(options.table, block_table(bench, options.seconds, progress))
     parts: dict[str, Callable[[Bench, argparse.Namespace, Progress], Any]] = {
         "latency": timed,
         "slimming": slimmed,
@@ -140,9 +143,6 @@ def measured(bench: Bench, found: dict[str, Any], options: argparse.Namespace) -
         with working(f"{bench.name}: {part}") as progress:
             found[part] = {"environment": environment(), "models": parts[part](bench, options, progress)}
         yield
-    if "table" in options.parts:
-        with working(f"{bench.name}: table") as progress:
-            peers.write(options.table, block_table(bench, options.seconds, progress))
 
 
 def environment() -> dict[str, Any]:
