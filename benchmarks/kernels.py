@@ -164,21 +164,15 @@ def networks(settings: Settings) -> Any:
         def __iter__(self) -> Any:
             yield torch.from_numpy(np.concatenate([image] * self.num_images))
 
-    def opened(model: Any, precision: str) -> Callable[[], object]:
-        with tempfile.TemporaryDirectory() as folder:
-            openvino.lower(model, Path(folder))
-            session = openvino.open(Path(folder), precision=precision, threads=settings.threads)
-        return lambda: session(image)
-
     for name in NETWORKS:
         unfused = load_model(f"timm:{name}", weights="random", seed=settings.seed)
         whole = pipeline.run(unfused, Recipe.from_yaml("martlet: 1\npasses: [fuse]"), Context(images=Images()))
-        floats = [each for each in openvino.alternatives() if each != "f16"]
-        runs = {f"OpenVINO {each}": opened(whole, each) for each in floats}
-        context = Context(images=Images(), engine="openvino", int8=openvino.int8)
-        runs["OpenVINO int8"] = opened(pipeline.run(unfused, Recipe.load("int8"), context), "f32")
         dense = TorchSession(whole.copy(), 1, "f32", settings.threads)
-        runs["PyTorch f32"] = lambda dense=dense: dense(image)
+        runs: dict[str, Callable[[], object]] = {"PyTorch f32": lambda dense=dense: dense(image)}
+        runs |= {f"OpenVINO {each}": openvino_model(whole, each, image, settings) for each in floats()}
+        context = Context(images=Images(), engine="openvino", int8=openvino.int8)
+        int8 = pipeline.run(unfused, Recipe.load("int8"), context)
+        runs["OpenVINO int8"] = openvino_model(int8, "f32", image, settings)
         for sparsity in SPARSITIES:
             model = whole.copy()
             with torch.no_grad():
@@ -190,7 +184,21 @@ def networks(settings: Settings) -> Any:
             if not error < 1e-3:
                 raise MartletError(f"{name} without its zeros gives something else: {error:.1e} of the largest logit")
             runs[f"PyTorch f32, {sparsity:.0%} zeros skipped"] = lambda session=session: session(image)
-        yield name, {"PyTorch f32": runs.pop("PyTorch f32"), **runs}
+        yield name, runs
+
+
+def floats() -> list[str]:
+    """What OpenVINO computes floating point in on this machine."""
+    return [each for each in engines.get("openvino").alternatives() if each != "f16"]
+
+
+def openvino_model(model: Any, precision: str, image: np.ndarray, settings: Settings) -> Callable[[], object]:
+    """A whole model on Martlet's engine."""
+    engine = engines.get("openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        engine.lower(model, Path(folder))
+        session = engine.open(Path(folder), precision=precision, threads=settings.threads)
+    return lambda: session(image)
 
 
 def attention(settings: Settings) -> Any:
@@ -253,7 +261,6 @@ def norms(settings: Settings) -> Any:
     from martlet.vit.norms import add_biases_, norm_sites, take_out_
     from martlet.vit.view import view
 
-    engine = engines.get("openvino")
     whole = load_model("timm:vit_tiny_patch16_224", weights="random")
     randomize_(whole.module, settings.seed)
     without = whole.copy()
@@ -261,14 +268,12 @@ def norms(settings: Settings) -> Any:
     add_biases_(sites)
     take_out_(view(without.module), sites)
     image = np.random.default_rng(settings.seed).standard_normal((1, 3, 224, 224), dtype=np.float32)
-    for precision in (each for each in engine.alternatives() if each != "f16"):
-        runs = {}
-        for name, model in (("whole", whole), ("without norms", without)):
-            with tempfile.TemporaryDirectory() as folder:
-                engine.lower(model, Path(folder))
-                session = engine.open(Path(folder), precision=precision, threads=settings.threads)
-            runs[name] = lambda session=session: session(image)
-        yield f"vit_tiny_patch16_224 in {precision}", runs
+    for precision in floats():
+        models = {"whole": whole, "without norms": without}
+        yield (
+            f"vit_tiny_patch16_224 in {precision}",
+            {name: openvino_model(model, precision, image, settings) for name, model in models.items()},
+        )
 
 
 COMPARISONS: Mapping[str, Callable[[Settings], Any]] = {

@@ -58,6 +58,12 @@ class Comparison:
     measures: Mapping[str, Callable[[Model, Start], float]] = field(default_factory=dict)
 
 
+def on_more_images(recipes: Mapping[str, str]) -> Comparison:
+    """The small ViT that knows CIFAR-10, with five times the images and one seed."""
+    start = functools.partial(tasks.trained, images=10_000)
+    return Comparison(start=start, recipes=recipes, seeds=(0,), measures={"before_pct": tasks.before})
+
+
 RANDOM = "epochs: 20.0, batch: 64, rate: 0.001"
 ROUNDED = train.QUANTIZE.format(bits=2, ranges="mse")
 MERGING = "tome: {r: {1: 12, 4: 10}}"
@@ -172,12 +178,7 @@ COMPARISONS = {
         measures={"before_pct": tasks.before},
     ),
     "shared": Comparison(start=tasks.trained, recipes=SHARED, measures={"before_pct": tasks.before}),
-    "shared, more images": Comparison(
-        start=functools.partial(tasks.trained, images=10_000),
-        recipes=SHARED,
-        seeds=(0,),
-        measures={"before_pct": tasks.before},
-    ),
+    "shared, more images": on_more_images(SHARED),
     "sparse": Comparison(
         start=tasks.trained,
         recipes={
@@ -187,15 +188,12 @@ COMPARISONS = {
         },
         measures={"before_pct": tasks.before},
     ),
-    "sparse, more images": Comparison(
-        start=functools.partial(tasks.trained, images=10_000),
-        recipes={
+    "sparse, more images": on_more_images(
+        {
             "distill": f"[{RECOVERED}]",
             "gpusq-vit, 8 bits": f"[{RECOVERED}, uniform: {{weight_bits: 8, activation_bits: 8}}]",
             "gpusq-vit": f"[{RECOVERED}, uniform: {{weight_bits: 4, activation_bits: 8}}, lsq: {{{AFTER}}}]",
-        },
-        seeds=(0,),
-        measures={"before_pct": tasks.before},
+        }
     ),
     "sparse convolutions": Comparison(
         start=tasks.mobilenet,
@@ -215,11 +213,8 @@ COMPARISONS = {
         recipes={way: f"[{way}: {{{AFTER}}}]" for way in ("distill", "unified_normalization")},
         measures={"before_pct": tasks.before},
     ),
-    "unnormalized, more images": Comparison(
-        start=functools.partial(tasks.trained, images=10_000),
-        recipes={"unified_normalization": "[unified_normalization: {epochs: 5.0, batch: 64, rate: 0.0015}]"},
-        seeds=(0,),
-        measures={"before_pct": tasks.before},
+    "unnormalized, more images": on_more_images(
+        {"unified_normalization": "[unified_normalization: {epochs: 5.0, batch: 64, rate: 0.0015}]"}
     ),
     "never normalized": Comparison(
         start=tasks.student,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from martlet.engine.base import WHOLE, Engine, Op, Piece, Session, together
+from martlet.nn.sparse import sparse_names, use_zeros_
 
 if TYPE_CHECKING:
     from martlet.core.model import Model
@@ -68,8 +69,6 @@ class TorchSession(Session):
 
     def __init__(self, model: Model, batch: int, precision: str, threads: int, module: nn.Module | None = None) -> None:
         self.batch, self.threads = batch, threads
-        from martlet.nn.sparse import use_zeros_
-
         self._size, self._dtype = model.preprocess.size, DTYPES[precision]
         module = module or model.module
         self._module = (module if isinstance(module, GraphModule) else module.eval()).to(self._dtype)
@@ -86,7 +85,6 @@ class TorchSession(Session):
         is: floating point."""
         from martlet.graph.sites import sites
         from martlet.measure.macs import macs_by_node
-        from martlet.nn.sparse import sparse_names
 
         module = self._module
         graph_module = module if isinstance(module, GraphModule) else _traced(module, self._size).to(self._dtype)

@@ -106,8 +106,7 @@ def use_zeros_(module: nn.Module, size: tuple[int, int]) -> Mapping[str, float]:
         conv = module.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         if places.get(name, 0) * conv.weight.numel() >= LEAST:
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, SparseConv2d(conv))
+            module.set_submodule(name, SparseConv2d(conv))
             used[name] = share
     return used
 

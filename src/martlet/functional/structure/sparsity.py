@@ -24,9 +24,8 @@ def smallest(scores: Tensor, zeros: int, of: int, run: int = 1) -> Tensor:
 
 def least(weight: Tensor, share: float) -> Tensor:
     """True for this share of a weight's numbers, rounded down, those of the least size."""
-    gone = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    gone[weight.abs().flatten().topk(int(share * weight.numel()), largest=False).indices] = True
-    return gone.view_as(weight)
+    n = weight.numel()
+    return smallest(weight.abs().reshape(1, n), int(share * n), n).view_as(weight)
 
 
 def gradual(sparsity: float, done: float) -> float:
