@@ -56,7 +56,7 @@ QUICK = (
     "mixed",
 )
 LEARNED = ("adaround", "gradient-ptq", "qdrop", "repquant", "is-vit", "aphq-vit", "fima-q", "martlet", "martlet-mixed")
-OTHERS = ("int8-f32", "rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
+OTHERS = ("int8-f32", "i-vit", "qserve-w4a8", "rtn-w4", "gptq-w4", "rtn-w3", "gptq-w3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,6 @@ class Settings:
     """What must be equal for two entries to stand in one file."""
 
     calibration_images: int = 128
-    test_images: int = 500
     seed: int = 0
     batch: int = 25
 
@@ -155,7 +154,7 @@ def prepare(name: str, model: Model, options: argparse.Namespace, settings: Sett
     """Loads a model's images, and computes what it says of them."""
     subject = SUBJECTS[name]
     pool, test = (open_images(options.assets / "data" / file) for file in (subject.calibration, subject.test))
-    x, labels = cifar.read(test.sample(settings.test_images, settings.seed), model)
+    x, labels = cifar.read(test.sample(subject.test_images, settings.seed), model)
     exact = _logits(model.module, x, settings.batch)
     return Ready(name, model, pool, settings.calibration_images, x, labels, exact)
 

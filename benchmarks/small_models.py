@@ -110,7 +110,7 @@ SMALL = {
     "mamba": Small(
         model="martlet:efficientvmamba_tiny",
         size=32,
-        training=Finetune(epochs=6.0, rate=2e-3),
+        training=Finetune(epochs=3.0, rate=2e-3),
         kwargs={"dim": 32, "depths": [2, 2, 2], "states": 8},
     ),
     "efficientvit_200": Small(

@@ -1,11 +1,14 @@
-"""Three questions about few bits, each answered in one run on the same images.
+"""Questions about few bits, each answered in one run on the same images.
 
-    python benchmarks/studies.py allocation --models hybrid    # do relevance and errors beat chance?
-    python benchmarks/studies.py bridges --models hybrid       # does Q-HyViT beat min-max and RepQ-ViT?
-    python benchmarks/studies.py rounding --models hybrid      # AdaRound, its preset, and five draws of each
+    python benchmarks/studies.py allocation    # do relevance and errors beat chance?
+    python benchmarks/studies.py bridges       # does Q-HyViT beat min-max and RepQ-ViT?
+    python benchmarks/studies.py rounding      # AdaRound, its preset, and five draws of each
+    python benchmarks/studies.py noise         # does NoisyQuant's noise do any good?
+    python benchmarks/studies.py rotation      # MambaQuant on a state space model, beside Hadamard matrices alone
+    python benchmarks/studies.py tokens        # do RSQ's weights of tokens help where weights alone are rounded?
 
-`benchmarks/ptq.py` says which models, images and options; its models from CIFAR-10 have to be trained first. Writes one
-JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch.
+Each has a model of its own that `--models` changes; `benchmarks/ptq.py` says which there are, and their images. Writes
+one JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from martlet.core.errors import MartletError
 from martlet.core.recipe import Recipe
 from martlet.graph import allocation
 from martlet.graph.low_bit import LowBit
+from martlet.graph.sequential import SequentialWeights
 from setups import cifar
 from setups.subjects import SUBJECTS
 
@@ -71,21 +75,47 @@ def _rounding(bits: str) -> Iterator[Try]:
         yield Try(f"gradient-ptq-{bits}", Recipe.load(f"gradient-ptq-{bits}"), seed)
 
 
+def _noise(bits: str) -> Iterator[Try]:
+    noisy = Recipe.load(f"noisyquant-{bits}")
+    yield Try(f"noisyquant-{bits}", noisy)
+    yield Try(f"noisyquant-{bits} without noise", _with(noisy, noise=False))
+
+
+def _rotation(bits: str) -> Iterator[Try]:
+    """Grids of least squared error, with nothing rotated, Hadamard matrices alone, and all of MambaQuant."""
+    mambaquant = Recipe.load(f"mambaquant-{bits}")
+    yield Try(f"uniform-{bits} of least squared error", _with(Recipe.load(f"uniform-{bits}"), ranges="mse"))
+    yield Try(f"mambaquant-{bits} with Hadamard matrices alone", _with(mambaquant, klt=False, smooth=False))
+    yield Try(f"mambaquant-{bits}", mambaquant)
+
+
+def _tokens(bits: str) -> Iterator[Try]:
+    """Weights alone, with a scale for each group of 32 of them and for each row."""
+    for size, scales in ((32, "groups of 32"), (0, "a scale a row")):
+        rsq = _with(Recipe.load("rsq"), bits=int(bits[1:]), group_size=size)
+        yield Try(f"gptq-{bits}, {scales}", _with(Recipe.load("gptq-w3"), bits=int(bits[1:]), group_size=size))
+        yield Try(f"rsq-{bits}, {scales}, tokens alike", _with(rsq, tokens="equal"))
+        yield Try(f"rsq-{bits}, {scales}", rsq)
+
+
 STUDIES = {
-    "allocation": (_allocations, ("w4a4", "w3a3")),
-    "bridges": (_bridges, ("w8a8", "w6a6")),
-    "rounding": (_rounding, ("w4a8",)),
+    "allocation": (_allocations, ("w5a5", "w4a4", "w3a3"), "hybrid"),
+    "bridges": (_bridges, ("w8a8", "w6a6"), "hybrid"),
+    "rounding": (_rounding, ("w4a8",), "hybrid"),
+    "noise": (_noise, ("w6a6", "w4a4"), "deit"),
+    "rotation": (_rotation, ("w8a8", "w6a6", "w4a4"), "mamba"),
+    "tokens": (_tokens, ("w3", "w2"), "deit"),
 }
-"""What is tried, and with which bits unless others are asked for."""
+"""What is tried, and with which bits and on which model unless others are asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit status."""
     options = _options(argv)
-    settings = ptq.Settings(test_images=options.test_images)
+    settings = ptq.Settings()
     try:
         document = peers.open_document(options.out, settings, "studies", "entries", timed=False)
-        for name in options.models:
+        for name in options.models or [STUDIES[options.study][2]]:
             for entry in run(name, options, settings, document["entries"]):
                 document["entries"].append(entry)
                 peers.write(options.out, document)
@@ -105,7 +135,7 @@ def run(
 
     from martlet.engine.base import cores
 
-    tries, bits = STUDIES[options.study]
+    tries, bits, _ = STUDIES[options.study]
     model = SUBJECTS[name].load(options)
     there = {(e["study"], e["recipe"], e["draw"]) for e in known if ptq.is_of(e, name, model)}
     wanted = [each for its in options.bits or bits for each in tries(its)]
@@ -134,15 +164,16 @@ def _by_chance(seed: int | None) -> Iterator[None]:
 
 
 def _with(recipe: Recipe, **changes: Any) -> Recipe:
-    return Recipe(tuple(replace(t, **changes) if isinstance(t, LowBit) else t for t in recipe.passes))
+    return Recipe(
+        tuple(replace(t, **changes) if isinstance(t, (LowBit, SequentialWeights)) else t for t in recipe.passes)
+    )
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=["hybrid"], metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, metavar="NAME", help="other than its own")
     parser.add_argument("--bits", nargs="*", metavar="wXaY", help="other than the study's own")
-    parser.add_argument("--test-images", type=int, default=500, metavar="N")
     parser.add_argument("--small", type=Path, default=Path("runs/small"), help="folder that small_models.py wrote")
     parser.add_argument("--assets", type=Path, default=cifar.ASSETS, help="folder with data/ and weights/")
     parser.add_argument("--out", type=Path, default=peers.ROOT / "results/studies.json", help="results/studies.json")

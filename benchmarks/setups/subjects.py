@@ -20,11 +20,13 @@ class Subject:
     """A model, and where images are that calibrate it and others that test it, in the assets' `data`.
 
     load: with the options that name the assets and the folder `small` of models that small_models.py trained.
+    test_images: how many few bits are tested on; of 2,000 answers a point or two can be chance, of 500 two or three.
     """
 
     load: Callable[[argparse.Namespace], Model]
     calibration: str
     test: str
+    test_images: int = 2000
 
 
 SUBJECTS = {
@@ -32,6 +34,7 @@ SUBJECTS = {
         load=lambda options: vit_tiny(options.assets),
         calibration=f"{peers.VALIDATION}/test.parquet",
         test=f"{peers.SAMPLE}/test.parquet",
+        test_images=500,
     ),
     **{
         name: Subject(

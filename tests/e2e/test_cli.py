@@ -120,6 +120,14 @@ def test_torch_simulates_int8_and_claims_no_speed(martlet, tiny, images, tmp_pat
     assert "no claim" in martlet("bench", *tiny, out, "--engine", "torch", "--threads", 1).out
 
 
+def test_what_a_method_left_out_is_told(martlet, tiny, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--images", images, "--num-calib", 8, "--recipe", "uniform-w4a4", "--engine", "torch", "--threads", 1)
+    result = martlet("compress", *tiny, *arguments, "--out", out)
+    assert result.status == 0, result.err
+    assert "martlet: uniform: 32 calibration images are usual, and there are 8\n" in result.err
+
+
 def test_int8_on_an_engine_without_bf16_goes_on_in_float32(martlet, tiny, images, tmp_path):
     out = tmp_path / "vit"
     arguments = ("--images", images, "--num-calib", 8, "--engine", "onnxruntime", "--threads", 1, "--out", out)

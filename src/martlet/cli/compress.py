@@ -112,6 +112,9 @@ def run(job: Callable[[Progress], Artifact], json: bool) -> int:
     document = artifact.report
     for images in filter(None, document["data"].values()):
         note_skipped(images["skipped"])
+    for step in document["recipe"]["steps"]:
+        for left_out in step["record"].get("left_out", ()):
+            note(f"{step['name']}: {left_out}")
     if json:
         emit(document)
     else:

@@ -118,6 +118,8 @@ class LowBit(Technique):
         images = torch.cat(list(batches))
         few = images[:: max(1, len(images) // FIT_IMAGES)][:FIT_IMAGES]  # of all classes, if they come in order
         changed = self.prepare_(graph_module, few, context)
+        if len(few) < FIT_IMAGES:
+            changed = note(changed, f"{FIT_IMAGES} calibration images are usual, and there are {len(few)}")
         original = copy.deepcopy(graph_module) if self.steps else None
         found = [site for site in sites(graph_module) if self.rounds(site)]
         bits = self._allocate(graph_module, found, few, context)
@@ -260,7 +262,9 @@ class Reparameterized(LowBit):
     """A method that first changes LayerNorms and the Linears that read them."""
 
     def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
-        return reparameterize_(graph_module, images, self.change)
+        found: dict[str, Any] = dict(reparameterize_(graph_module, images, self.change))
+        nothing = "no LayerNorm is read by Linears alone, with a bias each, so none was re-parameterized"
+        return found if found["reparameterized"] else note(found, nothing)
 
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """The change of a LayerNorm's output (R, C), which weights (O, C) read. RepQ-ViT's: to the mean grid."""
@@ -275,6 +279,11 @@ class PercentileGrids(Reparameterized):
 
     def weight(self, call: Call) -> Quantizer:
         return percentile_weight(call, self.weight_bits)
+
+
+def note(record: dict[str, Any], left_out: str) -> dict[str, Any]:
+    """A record that also tells what wasn't done, for the user to read."""
+    return record | {"left_out": [*record.get("left_out", []), left_out]}
 
 
 def percentile_quantizer(operand: Operand, bits: int) -> Quantizer:

@@ -5,7 +5,7 @@ Nothing is assumed of how a library lays out its heads: channel numbers are sent
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,13 @@ def parameters(linear: Node) -> list[object]:
 
 def owns_parameters(graph_module: GraphModule, linear: Node) -> bool:
     """True if a Linear's weight and bias are parameters that nothing else reads, under whatever name."""
-    own = [a for a in parameters(linear) if isinstance(a, Node) and a.op == "get_attr" and len(a.users) == 1]
-    if len(own) != len(parameters(linear)):
+    return reads_alone(graph_module, parameters(linear))
+
+
+def reads_alone(graph_module: GraphModule, operands: Sequence[object]) -> bool:
+    """True if all operands of an operation are parameters that nothing else reads, under whatever name."""
+    own = [a for a in operands if isinstance(a, Node) and a.op == "get_attr" and len(a.users) == 1]
+    if len(own) != len(operands):
         return False
     memory = {tensor(graph_module, node).untyped_storage().data_ptr() for node in own}
     others = [node for node in graph_module.graph.nodes if node.op == "get_attr" and node not in own]

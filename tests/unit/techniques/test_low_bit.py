@@ -5,19 +5,24 @@ import re
 
 import pytest
 import torch
-from tiny import MODELS, compress, error, images, logits, model, vit, wrap
+from tiny import MODELS, Smooth, compress, error, images, logits, model, vit, wrap
 from torch import nn
 from torch.fx import GraphModule
 
 from martlet import engine as engines
-from martlet.core import registry
+from martlet.core import pipeline, registry
 from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe, shipped
+from martlet.core.technique import Context, Technique
 from martlet.graph.bits import bit_map
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sites import sites
 from martlet.nn.quantizers import TableQuantizer
+from martlet.techniques.quantize.mambaquant import MambaQuant
+from martlet.techniques.quantize.quarot import QuaRot
+from martlet.techniques.quantize.repq_vit import RepQViT
+from martlet.techniques.quantize.uniform import Uniform
 
 NAMES = tuple(name for name in registry.entries() if issubclass(registry.technique(name), LowBit))
 OFTEN = {"uniform", "repq_vit", "adalog", "is_vit"}
@@ -223,3 +228,25 @@ def test_recipes_take_their_bits_from_the_name() -> None:
         assert (technique.weight_bits, technique.activation_bits) == (3, 5)
         with pytest.raises(RecipeError, match=re.escape("weight_bits is 9; it can be 2 to 8")):
             Recipe.load(f"{name}-w9a4")
+
+
+@pytest.mark.parametrize(
+    ("technique", "said"),
+    [
+        (RepQViT(), "no LayerNorm is read by Linears alone"),
+        (QuaRot(), "nothing was rotated"),
+        (MambaQuant(), "nothing was rotated"),
+    ],
+)
+def test_what_a_method_finds_nothing_of_is_said(technique: Technique, said: str) -> None:
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    context = Context(images=Smooth())
+    for original, count in ((wrap(convolutions), 1), (model("class token"), 0)):
+        [step] = pipeline.run(original, Recipe((technique,)), context).steps
+        assert sum(said in line for line in step.record.get("left_out", [])) == count
+
+
+def test_few_images_to_choose_grids_on_are_said() -> None:
+    for few, said in ((Smooth(), ["32 calibration images are usual, and there are 12"]), (Smooth(batches=(32,)), [])):
+        [step] = pipeline.run(model("class token"), Recipe((Uniform(),)), Context(images=few)).steps
+        assert step.record.get("left_out", []) == said

@@ -1,20 +1,26 @@
 """mambaquant: what its rotations do to channels, written slowly from the paper (arXiv 2501.13484), in float64."""
 
+import functools
 import json
 
 import pytest
 import torch
-from tiny import MODELS, Smooth, compress, error, images, logits, model
+from tiny import MODELS, Smooth, compress, error, images, logits, model, wrap
 from torch import Tensor
 from torch.fx import GraphModule
 
+from martlet.core import pipeline
+from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, silent
+from martlet.core.technique import Context, Stage, silent
 from martlet.functional.quantize.rotation import variance_spread
 from martlet.graph.attention import attentions
 from martlet.graph.rewrite.layout import scale_after_scores_
-from martlet.graph.rewrite.rotate import covariances
+from martlet.graph.rewrite.rotate import covariances, is_turn
+from martlet.graph.sites import sites
+from martlet.graph.state_space import gates, pairs
 from martlet.graph.streams import streams
+from martlet.models.efficientvmamba import EfficientVMamba
 from martlet.techniques.quantize.mambaquant import MambaQuant
 
 IMAGES = torch.cat(list(Smooth()))
@@ -45,7 +51,7 @@ def test_logits_stay_the_same_and_the_record_says_what_was_rotated(kind: str, se
     original = model(kind).module
     graph_module, record = prepared(kind, **settings)
     assert error(logits(original, images()), logits(graph_module, images())) < 1e-4
-    assert record["rotated"] == ROTATED[kind]
+    assert record["rotated"] == ROTATED[kind] | {"pairs": 0, "gates": 0}
     assert record["attentions"] == ROTATED[kind]["values"]
     assert json.loads(json.dumps(record)) == record
     unread = sum(record["norms_left"].values())
@@ -131,3 +137,75 @@ def test_a_channel_that_stands_out_costs_less() -> None:
 
 def test_the_shipped_recipe_has_eight_bits() -> None:
     assert Recipe.load("mambaquant").passes[1] == MambaQuant(weight_bits=8, activation_bits=8, klt=True, smooth=True)
+
+
+@functools.cache
+def _mamba() -> Model:
+    torch.manual_seed(3)
+    module = EfficientVMamba(dim=32, depths=(1, 1), scans=1, states=2, num_classes=5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    found = wrap(module)
+    pipeline.enter_(found, Stage.GRAPH)
+    return found
+
+
+def mamba() -> Model:
+    return _mamba().copy()
+
+
+def prepared_mamba(**settings: bool) -> tuple[GraphModule, dict]:
+    graph_module = mamba().module
+    assert isinstance(graph_module, GraphModule)
+    return graph_module, MambaQuant(**settings).prepare_(graph_module, IMAGES, Context(images=Smooth(), seed=1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"klt": False, "smooth": False}])
+def test_a_state_space_model_keeps_its_logits(settings: dict[str, bool]) -> None:
+    graph_module, record = prepared_mamba(**settings)
+    assert error(logits(mamba().module, images()), logits(graph_module, images())) < 1e-4
+    assert record["rotated"] == {"norms": 0, "values": 0, "scores": 0, "pairs": 1, "gates": 1}
+    assert record["variance_spread"]["after"] < record["variance_spread"]["before"]
+
+
+def test_channels_of_delta_have_one_variance() -> None:
+    """Var_j = Σ_i h_ij² λ_i, with h_ij² = 1 / R; without the Karhunen-Loève basis they are what they are."""
+    spreads = {}
+    for klt in (True, False):
+        graph_module, _ = prepared_mamba(klt=klt)
+        pair, *_ = pairs(graph_module)  # what is turned while the model runs and its Linear are one too
+        found = covariances(graph_module, [pair.operand], IMAGES, silent, {pair.operand: pair.rows})[pair.operand]
+        assert found.shape == (4, 2, 2)
+        spreads[klt] = [variance_spread(c.diagonal()) for c in found]
+    assert max(spreads[True]) < 1.001
+    assert max(spreads[False]) > 1.01
+
+
+def test_a_gate_has_deviations_by_equation_4_of_smoothquant_before_its_hadamard_matrix() -> None:
+    """s_j = σ(x_j)^½ / rms(w_j)^½ over its geometric mean; a rotation keeps the sum of what is left."""
+    original = mamba().module
+    assert isinstance(original, GraphModule)
+    [gate] = gates(original)
+    covariance = covariances(original, [gate.product], IMAGES, silent)[gate.product]
+    weight = original.get_parameter(str(gate.linear.args[1].target)).detach().double()  # type: ignore[union-attr]
+    s = [float(covariance[j, j]) ** 0.25 / float((weight[:, j] ** 2).mean()) ** 0.25 for j in range(len(covariance))]
+    mean = torch.tensor(s).log().mean().exp().item()
+    for smooth in (True, False):
+        graph_module, _ = prepared_mamba(smooth=smooth)
+        [site] = [site for site in sites(graph_module) if is_turn(site)]
+        after = covariances(graph_module, [site.node], IMAGES, silent)[site.node]
+        expected = sum(float(covariance[j, j]) / (s[j] / mean if smooth else 1) ** 2 for j in range(len(s)))
+        assert float(after.trace()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rebuilt_state_space_model_takes_the_state_dict_bit_for_bit() -> None:
+    done = compress(mamba(), "mambaquant")
+    [step] = done.steps
+    assert isinstance(done.module, GraphModule)
+    [site] = [site for site in sites(done.module) if is_turn(site)]
+    assert all(node.op != "call_module" for node in site.node.all_input_nodes)  # the rotation isn't rounded
+    rebuilt = mamba()
+    step.technique.restore_(rebuilt, json.loads(json.dumps(step.record)))
+    rebuilt.module.load_state_dict(done.module.state_dict())
+    assert torch.equal(logits(rebuilt.module, images()), logits(done.module, images()))

@@ -1,17 +1,17 @@
-"""Rotates the channels of a traced graph where that is exact: residual streams, and each attention's q, k and v.
+"""Rotates the channels of a traced graph where that is exact: streams, an attention's q, k and v, pairs and gates.
 
 All that writes a stream is multiplied with a rotation and all that reads it with the inverse. Nothing is left to
 compute: a LayerNorm whose scale and shift have moved into its readers commutes with a rotation that keeps the ones
-(`functional.rotation`).
+(`functional.rotation`). What a gate gives alone is rotated while the model runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
@@ -19,10 +19,16 @@ from martlet.core.technique import Progress
 from martlet.functional.quantize.rotation import rotation, standard_basis
 from martlet.graph.attention import Attention, Channels, attentions
 from martlet.graph.observe import OneBatch, observe
-from martlet.graph.probe import parameters
-from martlet.graph.rounding import tensor
-from martlet.graph.sites import module_path
+from martlet.graph.probe import call, finish, parameters
+from martlet.graph.rounding import NamedNodes, tensor
+from martlet.graph.sites import Site, aten, module_path
+from martlet.graph.state_space import Gate, Pair
 from martlet.graph.streams import Stream, streams
+
+TURN = "turn."
+"""Of the names of rotations that are computed while the model runs."""
+NOTHING = "nothing was rotated: the model has no LayerNorm and no attention whose channels could be"
+"""What a record says then."""
 
 
 def spread_(graph_module: GraphModule, generator: torch.Generator) -> dict[str, Any]:
@@ -41,7 +47,8 @@ def spread_(graph_module: GraphModule, generator: torch.Generator) -> dict[str, 
             rotate_values_(graph_module, attention, turned)
             values += 1
     norms = sum(len(stream.norms) for stream in found.found)
-    return {"rotated": {"norms": norms, "values": values}, "norms_left": found.left}
+    record: dict[str, Any] = {"rotated": {"norms": norms, "values": values}, "norms_left": found.left}
+    return record if norms or values else record | {"left_out": [NOTHING]}
 
 
 def fold_norms_(graph_module: GraphModule, stream: Stream) -> None:
@@ -132,10 +139,91 @@ def rotate_scores_(graph_module: GraphModule, attention: Attention, rotation: Te
         _rotate_rows_(graph_module, channels, rotation)
 
 
+def rotate_pair_(graph_module: GraphModule, pair: Pair, rotation: Tensor) -> None:
+    """Multiplies what goes from one layer to the other with a rotation (*groups, R, R). Logits stay the same.
+
+    Raises:
+        ValueError: the rotation has another size, or isn't orthogonal.
+    """
+    if rotation.shape[:-2] != pair.groups or rotation.shape[-1] != len(pair.index) or not _is_orthogonal(rotation):
+        raise ValueError(f"not a rotation between {pair.first.name} and {pair.second.name}")
+    rotation = rotation.double()
+    first, second = pair.weights(graph_module)
+    with torch.no_grad():
+        first[..., pair.index, :] = (rotation.mT @ first[..., pair.index, :].double()).to(first.dtype)
+        second.copy_(second.double() @ rotation)
+        if pair.first.node.target is aten.linear.default and len(parameters(pair.first.node)) > 1:
+            bias = tensor(graph_module, pair.first.node.args[2])
+            bias[pair.index] = (bias[pair.index].double() @ rotation).to(bias.dtype)
+
+
+def smooth_gate_(graph_module: GraphModule, gate: Gate, factors: Tensor) -> None:
+    """Divides what a gate gives by factors (C), which its LayerNorm and the Linear take up. Logits stay the same.
+
+    Raises:
+        ValueError: no LayerNorm gives a factor of the gate.
+    """
+    if gate.norm is None:
+        raise ValueError(f"no LayerNorm before {gate.linear.name} that could be scaled")
+    with torch.no_grad():
+        for parameter in (tensor(graph_module, p) for p in gate.norm.args[2:4] if p is not None):
+            parameter.div_(factors)
+        tensor(graph_module, gate.linear.args[1]).mul_(factors)
+
+
+def rotate_gate_(graph_module: GraphModule, gate: Gate, rotation: Tensor) -> None:
+    """Multiplies what a gate gives with a rotation (C, C) while the model runs, which its Linear undoes.
+
+    Logits stay the same.
+
+    Raises:
+        ValueError: the rotation has another size, or isn't orthogonal.
+    """
+    weight = tensor(graph_module, gate.linear.args[1])
+    if rotation.shape != (weight.shape[1], weight.shape[1]) or not _is_orthogonal(rotation):
+        raise ValueError(f"not a rotation of what {gate.linear.name} reads")
+    add_turns_(graph_module, [gate.linear.name])
+    with torch.no_grad():
+        weight.copy_(_multiplied(weight, rotation, 1))
+        graph_module.get_parameter(TURN + gate.linear.name).copy_(rotation)
+
+
+def add_turns_(graph_module: GraphModule, linears: Iterable[str]) -> None:
+    """Multiplies what Linears read, by the names of their nodes, with matrices (C, C) whose values are to be filled.
+
+    Raises:
+        ArtifactError: the graph has no such node.
+    """
+    nodes, graph = NamedNodes(graph_module), graph_module.graph
+    if TURN.rstrip(".") not in dict(graph_module.named_children()):
+        graph_module.add_submodule(TURN.rstrip("."), nn.Module())
+    holder = graph_module.get_submodule(TURN.rstrip("."))
+    for name in linears:
+        linear = nodes[name]
+        width = tensor(graph_module, linear.args[1]).shape[1]
+        holder.register_parameter(name, nn.Parameter(torch.eye(width), requires_grad=False))
+        with graph.inserting_before(linear):
+            matrix = graph.get_attr(TURN + name)
+            turned = call(graph, linear, aten.matmul.default, linear.args[0], matrix)
+        linear.args = (turned, *linear.args[1:])
+    finish(graph_module)
+
+
+def is_turn(site: Site) -> bool:
+    """True of the multiplication by a rotation that is computed while the model runs."""
+    return any(isinstance(a, Node) and str(a.target).startswith(TURN) for a in site.node.args)
+
+
 def covariances(
-    graph_module: GraphModule, nodes: Iterable[Node], images: Tensor, progress: Progress
+    graph_module: GraphModule,
+    nodes: Iterable[Node],
+    images: Tensor,
+    progress: Progress,
+    views: Mapping[Node, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[Node, Tensor]:
     """The covariance (C, C) of the channels of each node's tensor (…, C) over all rows, in float64.
+
+    views: by the node, what makes (*groups, rows, C) of a tensor of another shape; there is one (C, C) a group then.
 
     Raises:
         NumericsError: a value is NaN or infinite.
@@ -145,15 +233,18 @@ def covariances(
     def look(node: Node, value: Tensor) -> None:
         if not bool(value.isfinite().all()):
             raise NumericsError(f"{module_path(node)} gives a value that is NaN or infinite")
-        rows = value.flatten(0, -2).double()
+        rows = (views[node](value) if views and node in views else value.flatten(0, -2)).double()
         count, total, square = sums.get(node, (0, torch.zeros(()), torch.zeros(())))
-        sums[node] = count + len(rows), total + rows.sum(0), square + rows.T @ rows
+        sums[node] = count + rows.shape[-2], total + rows.sum(-2), square + rows.mT @ rows
 
     watch = {node: (lambda value, node=node: look(node, value)) for node in nodes}
     if watch:
         observe(graph_module, OneBatch(images), watch, progress, "observe channels")
     means = {node: total / count for node, (count, total, _) in sums.items()}
-    return {node: s / count - torch.outer(means[node], means[node]) for node, (count, _, s) in sums.items()}
+    return {
+        node: square / count - means[node][..., :, None] * means[node][..., None, :]
+        for node, (count, _, square) in sums.items()
+    }
 
 
 def _multiplied(value: Tensor, rotation: Tensor, axis: int) -> Tensor:

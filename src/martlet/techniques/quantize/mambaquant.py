@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,41 +20,54 @@ from martlet.graph.fit import Operand
 from martlet.graph.low_bit import LowBit, affine, sample
 from martlet.graph.rewrite.layout import scale_after_scores_
 from martlet.graph.rewrite.rotate import (
+    NOTHING,
+    add_turns_,
     covariances,
     fold_norms_,
+    is_turn,
+    rotate_gate_,
+    rotate_pair_,
     rotate_scores_,
     rotate_stream_,
     rotate_values_,
+    smooth_gate_,
 )
 from martlet.graph.rounding import tensor
+from martlet.graph.sites import Site
+from martlet.graph.state_space import Gate, Pair, gates, pairs
 from martlet.graph.streams import Stream, streams
 from martlet.nn.quantizers import Quantizer
 
 SMOOTHING = 0.5
-"""The power of a query channel's deviation that moves into the key."""
+"""The power of a query channel's deviation that moves into the key, and of a gate's that moves into the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MambaQuant(LowBit):
     """Quantize to few bits after rotations that give all channels of a tensor the same variance.
 
-    Residual streams, and v of each head, are turned to their Karhunen-Loève basis and spread by a Hadamard matrix
-    (KLT-enhanced rotation); q and k of each head are scaled against each other and turned (Smooth-Fused rotation). All
-    of it goes into the weights, and nothing is left to compute. Of no use to models without LayerNorm and attention:
-    what reads a convolution, a GELU or a batch norm isn't rotated.
+    Residual streams, v of each head, and what goes from one layer to another with nothing in between, as a state space
+    model's Δ does, are turned to their Karhunen-Loève basis and spread by a Hadamard matrix (KLT-enhanced rotation). q
+    and k of each head are scaled against each other and turned, and so is what a gate gives to a Linear, against the
+    Linear's weight (Smooth-Fused rotation). The weights take all of it up but a gate's rotation, which is computed
+    while the model runs. What reads a convolution, a GELU or a batch norm isn't rotated.
 
     Args:
         klt: False turns Hadamard matrices alone, as QuaRot does, to compare.
-        smooth: False doesn't scale q and k.
+        smooth: False scales neither q and k nor gates.
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
-    Cost: two forward passes, and an eigendecomposition of the channels of each stream and each head.
+    Cost: two forward passes, and an eigendecomposition of the channels of each stream, each head and each Δ; at run
+        time C² MACs a token for each gate of C channels, in floating point.
     Paper: Xu et al., MambaQuant, 2025, arXiv 2501.13484, KLT-enhanced and Smooth-Fused rotation.
-    Differs: made for attention, where the paper has state space models. One basis serves all LayerNorms that read a
-        stream, by the mean of their covariances, each divided by its trace. Rotations keep the vector of ones, so that
-        LayerNorms stay LayerNorms. Nothing is rotated while the model runs, so the input of an MLP's second Linear
-        isn't. q and k are scaled by their deviations, not their greatest values. Grids have least squared error.
+    Differs: for attention too, where the paper has state space models alone. One basis serves all LayerNorms that read
+        a stream, by the mean of their covariances, each divided by its trace. Rotations keep the vector of ones, so
+        that LayerNorms stay LayerNorms. A gate's rotation is a dense product, where a fast Hadamard transform would do
+        with C log C additions. A gate is smoothed where a LayerNorm gives one of its factors; the paper's scaled SiLU,
+        for gates without one, isn't built, nor is anything rotated within the scan. The input of an MLP's second
+        Linear isn't rotated. Channels are scaled by their deviations, not their greatest values. Grids have least
+        squared error.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
     """
@@ -76,7 +89,10 @@ class MambaQuant(LowBit):
         for stream in found.found:
             fold_norms_(graph_module, stream)
         linears = [part.linear for a in heads for part in (a.q, a.k, a.v) if part]
-        seen = covariances(graph_module, dict.fromkeys([*norms, *linears]), images, context.progress)
+        between, gated = pairs(graph_module), gates(graph_module)
+        views = {pair.operand: pair.rows for pair in between}
+        looked_at = dict.fromkeys([*norms, *linears, *views, *(gate.product for gate in gated)])
+        seen = covariances(graph_module, looked_at, images, context.progress, views)
         generator = torch.Generator().manual_seed(context.seed)
         before, after = list[float](), list[float]()
         for stream in found.found:
@@ -86,18 +102,37 @@ class MambaQuant(LowBit):
             after += [variance_spread((turned.T @ seen[norm] @ turned).diagonal()) for norm in stream.norms]
         values = [self._rotate_values_(graph_module, attention, seen, generator) for attention in heads]
         scores = [self._rotate_scores_(graph_module, attention, seen, generator) for attention in heads]
+        for pair in between:
+            covariance = seen[pair.operand]
+            turned = self._rotate_pair_(graph_module, pair, covariance, generator)
+            before += [variance_spread(channels) for channels in _channels(covariance)]
+            after += [variance_spread(channels) for channels in _channels(turned.mT @ covariance @ turned)]
+        for gate in gated:
+            covariance = seen[gate.product]
+            turned = self._rotate_gate_(graph_module, gate, covariance, generator)
+            before.append(variance_spread(covariance.diagonal()))
+            after.append(variance_spread((turned.T @ covariance @ turned).diagonal()))
+        counts = {"norms": len(norms), "values": sum(values), "scores": sum(scores)}
         record: dict[str, Any] = {
-            "rotated": {"norms": len(norms), "values": sum(values), "scores": sum(scores)},
+            "rotated": counts | {"pairs": len(between), "gates": len(gated)},
             "attentions": len(heads),
             "norms_left": found.left,
+            "turns": [gate.linear.name for gate in gated],
         }
-        if norms:
+        if not any(record["rotated"].values()):
+            record["left_out"] = [NOTHING]
+        if before:
             record["variance_spread"] = {"before": _mean(before), "after": _mean(after)}
         return record
+
+    def rounds(self, site: Site) -> bool:
+        """All but the rotations that are computed while the model runs."""
+        return not is_turn(site)
 
     def restore_(self, model: Model, record: Mapping[str, Any]) -> None:
         assert isinstance(model.module, GraphModule)
         scale_after_scores_(model.module)
+        add_turns_(model.module, record["turns"])
         super().restore_(model, record)
 
     def activation(self, operand: Operand) -> Quantizer:
@@ -109,6 +144,29 @@ class MambaQuant(LowBit):
             return rotation(standard_basis(stream.width), generator)
         together = torch.stack([covariance / covariance.trace().clamp(min=1e-12) for covariance in seen]).sum(0)
         return rotation(klt_basis(together, keep_ones=True), generator)
+
+    def _rotate_pair_(
+        self, graph_module: GraphModule, pair: Pair, covariance: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Returns the rotation (*groups, R, R)."""
+        each = covariance.reshape(-1, *covariance.shape[-2:])
+        bases = [klt_basis(c) if self.klt else torch.eye(len(c), dtype=torch.float64) for c in each]
+        turned = torch.stack([rotation(basis, generator) for basis in bases]).reshape(covariance.shape)
+        rotate_pair_(graph_module, pair, turned)
+        return turned
+
+    def _rotate_gate_(
+        self, graph_module: GraphModule, gate: Gate, covariance: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Returns what a gate's channels are multiplied with in all, (C, C)."""
+        factors = torch.ones(len(covariance), dtype=torch.float64)
+        if self.smooth and gate.norm is not None:
+            weight = tensor(graph_module, gate.linear.args[1]).detach().double()
+            factors = smoothquant_factors(covariance.diagonal().sqrt(), weight.square().mean(0).sqrt(), SMOOTHING)
+            smooth_gate_(graph_module, gate, factors)
+        turned = rotation(torch.eye(len(factors), dtype=torch.float64), generator)
+        rotate_gate_(graph_module, gate, turned)
+        return turned / factors[:, None]
 
     def _rotate_values_(
         self, graph_module: GraphModule, attention: Attention, seen: Mapping[Node, Tensor], generator: torch.Generator
@@ -139,6 +197,11 @@ def _scale(graph_module: GraphModule, norm: Node) -> Tensor:
     """What a LayerNorm multiplies its channels with."""
     parameter = norm.args[2] if len(norm.args) > 2 else None
     return torch.ones(()) if parameter is None else tensor(graph_module, parameter).detach().double().clone()
+
+
+def _channels(covariances: Tensor) -> Iterable[Tensor]:
+    """The variances (R) of each group of covariances (*groups, R, R)."""
+    return covariances.diagonal(dim1=-2, dim2=-1).flatten(0, -2) if covariances.ndim > 2 else [covariances.diagonal()]
 
 
 def _mean(values: Sequence[float]) -> float:
