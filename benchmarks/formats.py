@@ -1,8 +1,7 @@
 """Number formats, compared: accuracy, size and latency of each on every engine, over pretrained backbones.
 
-    python benchmarks/small_models.py mamba --out DIR              # once each, where weights aren't kept
-    python benchmarks/formats.py --small DIR                              # all of it
-    python benchmarks/formats.py --small DIR --parts latency --again      # the times anew, on a quiet machine
+    python benchmarks/formats.py                              # all of it
+    python benchmarks/formats.py --parts latency --again      # the times anew, on a quiet machine
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Accuracy is that of the engine's
 file; where only weights are rounded, which engines read alike, it is measured on the first engine alone. Times are of
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.data.images import Images
 
+MODELS = ("vit_tiny_patch16_224", "efficientnet_lite0", "swin", "hybrid")
+"""Whose weights are at hand."""
 ENGINES = ("openvino", "onnxruntime")
 PARTS = ("accuracy", "latency")
 FLOATING = "bf16: {required: false}"
@@ -342,7 +343,7 @@ class Bench:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of what is measured")

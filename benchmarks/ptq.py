@@ -1,7 +1,6 @@
 """Few bits, compared: every shipped method on the same models, bits, calibration images and test images.
 
-    python benchmarks/small_models.py mamba --out DIR            # once each, where weights aren't kept
-    python benchmarks/ptq.py --small DIR                         # the whole grid: hours on two cores
+    python benchmarks/ptq.py                                     # the whole grid: hours on two cores
     python benchmarks/ptq.py --models vit_tiny --recipes adalog martlet --bits w4a4 w3a3
 
 Writes one JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch:
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from martlet.core.model import Model
     from martlet.data.images import Images
 
+MODELS = ("vit_tiny", "deit", "swin", "hybrid")
+"""A large and a small ViT, windows, and convolutions with attention: those whose weights are at hand."""
 BITS = ("w8a8", "w6a6", "w4a4", "w3a3")
 QUICK = (
     "uniform",
@@ -223,7 +224,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--recipes", nargs="*", default=[*QUICK, *LEARNED], metavar="NAME", help="without bits")
     parser.add_argument("--bits", nargs="*", default=list(BITS), metavar="wXaY")
     parser.add_argument(

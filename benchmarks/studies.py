@@ -5,7 +5,7 @@
     python benchmarks/studies.py rounding      # AdaRound, its preset, and five draws of each
     python benchmarks/studies.py noise         # does NoisyQuant's noise do any good?
     python benchmarks/studies.py rotation      # MambaQuant on a state space model, beside Hadamard matrices alone
-    python benchmarks/studies.py tokens        # do RSQ's weights of tokens help where weights alone are rounded?
+    python benchmarks/studies.py tokens        # GPTQ beside rounding to nearest, and RSQ's weights of tokens
 
 Each has a model of its own that `--models` changes; `benchmarks/ptq.py` says which there are, and their images. Writes
 one JSON file, entry after entry; started again, it goes on where it stopped. Rounding is simulated in PyTorch.
@@ -31,6 +31,7 @@ from martlet.core.recipe import Recipe
 from martlet.graph import allocation
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
+from martlet.techniques.quantize.gptq import GPTQ
 from setups import cifar
 from setups.subjects import SUBJECTS
 
@@ -93,7 +94,10 @@ def _tokens(bits: str) -> Iterator[Try]:
     """Weights alone, with a scale for each group of 32 of them and for each row."""
     for size, scales in ((32, "groups of 32"), (0, "a scale a row")):
         rsq = _with(Recipe.load("rsq"), bits=int(bits[1:]), group_size=size)
-        yield Try(f"gptq-{bits}, {scales}", _with(Recipe.load("gptq-w3"), bits=int(bits[1:]), group_size=size))
+        gptq = _with(Recipe.load("gptq-w3"), bits=int(bits[1:]), group_size=size)
+        nearest = Recipe(tuple(replace(t, compensate=False) if isinstance(t, GPTQ) else t for t in gptq.passes))
+        yield Try(f"rtn-{bits}, {scales}", nearest)
+        yield Try(f"gptq-{bits}, {scales}", gptq)
         yield Try(f"rsq-{bits}, {scales}, tokens alike", _with(rsq, tokens="equal"))
         yield Try(f"rsq-{bits}, {scales}", rsq)
 

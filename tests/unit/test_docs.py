@@ -187,9 +187,13 @@ def few_bits_document() -> dict:
         "benchmark": "ptq",
         "settings": {"calibration_images": 128, "seed": 0},
         "entries": [
-            entry | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "seconds": 3.0, "peak_rss_bytes": 2_150_000_000},
-            entry | {"recipe": "uniform-w8a8", "top1_pct": 79.5, "seconds": 4.0, "grid_images": "first"},
-            entry | {"recipe": "martlet-w4a4", "top1_pct": 66.0, "seconds": 250.0},
+            entry
+            | {"recipe": "uniform-w4a4", "top1_pct": 1.25, "sqnr_db": 0.5, "seconds": 3.0}
+            | {"peak_rss_bytes": 2_150_000_000},
+            entry
+            | {"recipe": "uniform-w8a8", "top1_pct": 79.5, "sqnr_db": 30.25, "seconds": 4.0}
+            | {"grid_images": "first"},
+            entry | {"recipe": "martlet-w4a4", "top1_pct": 66.0, "sqnr_db": 9.0, "seconds": 250.0},
             entry | {"recipe": "adalog-w4a4", "error": "it failed"},
         ],
     }
@@ -205,8 +209,8 @@ def test_the_page_of_few_bits_has_every_number(docs, root):
     assert rows == [
         "| Recipe | W8A8 | W4A4 | Seconds | Peak GB |",
         "| --- | --- | --- | --- | --- |",
-        "| `martlet` | – | 66.0 | 250 | – |",
-        "| `uniform` | 79.5† | 1.2 | 3 | 2.1 |",
+        "| `martlet` | – | 66.0 (9.0) | 250 | – |",
+        "| `uniform` | 79.5† (30.2) | 1.2 (0.5) | 3 | 2.1 |",
         "| `adalog` | – | failed | – | – |",
     ]
     assert "Measured on a CPU with 2 core(s), torch 9.9 (4)." in text
@@ -225,9 +229,9 @@ def test_other_weights_and_other_machines_are_kept_apart(docs, root):
     assert docs.main([], root) == 0
     text = (root / "docs" / "few-bits.md").read_text()
     lost, kept = (part.splitlines() for part in text.split("## a_model")[1:])
-    assert [line for line in lost if line.startswith("| `")] == ["| `uniform` | 9.0 | 3 | 2.1 |"]
+    assert [line for line in lost if line.startswith("| `")] == ["| `uniform` | 9.0 (0.5) | 3 | 2.1 |"]
     assert [line.startswith("file") and "weren't kept" in line for line in (lost[2], kept[2])] == [True, False]
-    assert "| `uniform` | 79.5† | 1.2 | 3 | 2.1 |" in kept
+    assert "| `uniform` | 79.5† (30.2) | 1.2 (0.5) | 3 | 2.1 |" in kept
     assert "torch 9.9 (4); on another CPU with 2 core(s), torch 9.9 (1)." in text
 
 
@@ -249,9 +253,9 @@ def test_the_page_of_studies_has_means_and_ranges_of_draws(docs, root):
     assert docs.main([], root) == 0
     text = (root / "docs" / "few-bits-studies.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `broken` | 1 | failed: it failed | – | – |",
         "| `nearest` | 1 | 70.0 | 10.0 | 3 |",
         "| `learned` | 2 | 73.5 (72.0–75.0) | 12.5 (12.0–13.0) | 4 (3–5) |",
-        "| `broken` | 1 | failed: it failed | – | – |",
     ]
     [questions] = [module.QUESTIONS for module in docs.results_pages() if module.BENCHMARK == "studies"]
     assert all(question in text for name, question in questions.items() if name in ("bridges", "rounding"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -25,14 +26,17 @@ def page(document: Mapping[str, Any]) -> str:
         "values are rounded and multiplied in float32 by PyTorch, so there are accuracies here and no speeds.",
         "",
         f"Top-1 in percent of n test images; {settings['calibration_images']} others calibrated, of which grids see "
-        "32. Of 500 images a difference of two or three points can be chance, of 2,000 one of a point or two. "
+        "32. Of 500 images a difference of two or three points can be chance, of 2,000 one of a point or two. In "
+        "brackets, and what rows are sorted by: the logits' signal to quantization noise in dB, which tells apart what "
+        "top-1 can't. "
         f"Seed {settings['seed']}. Seconds, of quantizing at the narrowest width in the row, are a rough guide: other "
         "work ran beside it, and rows may come from different machines. Peak is the memory that the whole process took "
         "for it at most, with PyTorch and all images.",
         "",
         "Rounded are weights and inputs of every Linear and convolution, q, k, v and softmax; first and last layer "
         "too, but for the image, which has 8 bits. The residual, LayerNorm, softmax and GELU are computed in float32. "
-        "`i-vit` computes all of it in integers. `results/ptq.json` has the bits of every kind of tensor for each number.",
+        "`i-vit` computes all of it in integers. `results/ptq.json` has the bits of every kind of tensor for each "
+        "number.",
     ]
     if any(entry.get("grid_images") == "first" for entry in entries):
         lines += ["", "† Measured when grids saw the first 32 calibration images, which may be of few classes."]
@@ -42,7 +46,7 @@ def page(document: Mapping[str, Any]) -> str:
         split |= {name: parts for name, parts in EIGHT_BITS.items() if name in split}
         widths = sorted({bits for _, _, bits in split.values()}, key=lambda bits: (bits.count("a"), bits), reverse=True)
         recipes = list(dict.fromkeys(head for head, _, _ in split.values()))
-        best = {head: max(_top1(e) for e in group if split[e["recipe"]][0] == head) for head in recipes}
+        best = {head: max(_decibels(e) for e in group if split[e["recipe"]][0] == head) for head in recipes}
         cells = {(split[e["recipe"]][0], split[e["recipe"]][2]): e for e in group}
         first = group[0]
         lines += [
@@ -55,7 +59,7 @@ def page(document: Mapping[str, Any]) -> str:
         ]
         rows = []
         for head in sorted(
-            recipes, key=lambda head: (("w4a4" in widths and -_top1(cells.get((head, "w4a4")))), -best[head])
+            recipes, key=lambda head: (("w4a4" in widths and -_decibels(cells.get((head, "w4a4")))), -best[head])
         ):
             found = [cells.get((head, width)) for width in widths]
             seconds = next((e["seconds"] for e in reversed(found) if e and "seconds" in e), None)
@@ -76,8 +80,9 @@ def _subject(entry: Mapping[str, Any]) -> tuple[str, str]:
     return entry["model"], entry["weights"]
 
 
-def _top1(entry: Mapping[str, Any] | None) -> float:
-    return entry.get("top1_pct", -1.0) if entry else -1.0
+def _decibels(entry: Mapping[str, Any] | None) -> float:
+    """Of the logits; less than any where there are none."""
+    return entry.get("sqnr_db", -math.inf) if entry else -math.inf
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:
@@ -85,4 +90,5 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
         return "–"
     if "top1_pct" not in entry:
         return "failed"
-    return f"{entry['top1_pct']:.1f}{'†' if entry.get('grid_images') == 'first' else ''}"
+    mark = "†" if entry.get("grid_images") == "first" else ""
+    return f"{entry['top1_pct']:.1f}{mark} ({entry['sqnr_db']:.1f})"

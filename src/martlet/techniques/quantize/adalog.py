@@ -13,6 +13,7 @@ from martlet.functional.quantize.logarithmic import GELU_SHIFT
 from martlet.functional.quantize.reparameterize import ChannelChange, reparameterize_scales
 from martlet.functional.quantize.search import (
     SOFTMAX_VALUES,
+    RoundingError,
     linear_error,
     output_rows_error,
     product_error,
@@ -34,6 +35,9 @@ from martlet.graph.low_bit import (
 )
 from martlet.nn.quantizers import Quantizer
 
+CONVOLVED = 4
+"""Images whose output a convolution computes for each grid of its input."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLog(Reparameterized):
@@ -44,11 +48,13 @@ class AdaLog(Reparameterized):
 
     Shape: none changes.
     Needs: images, without labels; the first 32 are looked at.
-    Cost: two forward passes, and a few hundred roundings of each weight and of a sample of each activation.
+    Cost: two forward passes, and a few hundred roundings of each weight and of a sample of each activation; as many
+        times each convolution of four images.
     Paper: Wu et al., AdaLog, 2024, arXiv 2407.12951.
     Differs: activations are searched on 1,024 rows of each tensor and weights once after them, where the official
         code takes all rows, three rounds of both, and six steps of the search for four here; a softmax's base is
-        chosen on some of its rows, and q, k and v by their own error. LayerNorms without a bias, or before a Linear
+        chosen on some of its rows, and q, k and v by their own error. A convolution's input is judged by its output
+        too: the paper's models have only one, which reads the image. LayerNorms without a bias, or before a Linear
         without one, stay as they are.
     Raises: RecipeError for bits out of range or without images; UsageError if the model multiplies nothing;
         NumericsError for an activation that is NaN.
@@ -68,6 +74,8 @@ class AdaLog(Reparameterized):
     def decide(self, call: Call) -> Fitted:
         if [operand.kind for operand in call.operands.values()] == ["softmax", "value"]:
             return self._for_values(call)
+        if call.site.kind == "conv":
+            return self._for_convolution(call)
         if call.site.node.target is not torch.ops.aten.linear.default:
             return super().decide(call)
         assert call.weight is not None
@@ -75,7 +83,7 @@ class AdaLog(Reparameterized):
         operands = dict[int, Quantizer]()
         for position, operand in call.operands.items():
             rows = sample(operand.value)
-            operands[position] = self._for_linear(operand, rows, weight)
+            operands[position] = self._by(linear_error(rows, weight), rows, operand)
             rounded = operands[position](rows)
             error = output_rows_error(weight, rows, rounded)
             fit = lambda w, error=error: search_affine_rows(error, w, self.weight_bits)  # noqa: E731
@@ -106,8 +114,20 @@ class AdaLog(Reparameterized):
         grid = search_logarithmic(error, rows, self.activation_bits, scale=1.0)
         return Fitted({first: tabulated(grid), second: quantizer})
 
-    def _for_linear(self, operand: Operand, rows: Tensor, weight: Tensor) -> Quantizer:
-        error = linear_error(rows, weight)
+    def _for_convolution(self, call: Call) -> Fitted:
+        """By the output of a few images; what an image gives by its own error."""
+        operands = dict[int, Quantizer]()
+        for position, operand in call.operands.items():
+            if operand.kind == "image":
+                operands[position] = self.activation(operand)
+                continue
+            few = operand.value[:: max(1, len(operand.value) // CONVOLVED)][:CONVOLVED]
+            exact = call.multiply({position: few})
+            moved = lambda x, at=position, exact=exact: call.multiply({at: x}) - exact  # noqa: E731
+            operands[position] = self._by(lambda x, moved=moved: float(moved(x).square().mean()), few, operand)
+        return Fitted(operands, self.weight(call))
+
+    def _by(self, error: RoundingError, x: Tensor, operand: Operand) -> Quantizer:
         if operand.kind == "gelu":
-            return tabulated(search_logarithmic(error, rows, self.activation_bits, shift=GELU_SHIFT))
-        return affine(search_affine(error, rows, self.bits(operand.kind), width=8, splits=4, steps=4))
+            return tabulated(search_logarithmic(error, x, self.activation_bits, shift=GELU_SHIFT))
+        return affine(search_affine(error, x, self.bits(operand.kind), width=8, splits=4, steps=4))
