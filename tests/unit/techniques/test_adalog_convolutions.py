@@ -79,6 +79,34 @@ def test_what_a_convolution_reads_is_rounded_for_its_output() -> None:
     assert slow_error(call, by_itself.scale, by_itself.zero_point) > 1.3 * found  # the comparison can fail
 
 
+def test_a_convolutions_weight_is_rounded_for_its_output() -> None:
+    """Each output channel (O) gets the scale and zero point with which its output errs least, tried one by one."""
+    call = calls()["out"]
+    [position], [operand] = call.operands, call.operands.values()
+    assert call.weight is not None
+    method = AdaLog(weight_bits=BITS, activation_bits=BITS)
+    fitted = method.decide(call)
+    few = operand.value[:: len(operand.value) // CONVOLVED][:CONVOLVED].double()
+    rounded = fitted.operands[position](few.float()).double()
+    exact = torch.einsum("oc,bchw->obhw", call.weight[:, :, 0, 0].double(), few)
+
+    def errors(weight: Tensor) -> Tensor:
+        moved = torch.einsum("oc,bchw->obhw", weight[:, :, 0, 0].double(), rounded) - exact
+        return moved.square().flatten(1).mean(1)
+
+    best = torch.full((5,), torch.inf, dtype=torch.float64)
+    spans = call.weight.flatten(1).amax(1) - call.weight.flatten(1).amin(1)
+    for factor in range(4, 44):
+        for zero in range(-7, 15):
+            scale = (spans / 7 * factor / 40).reshape(-1, 1, 1, 1)
+            tried = ((call.weight / scale).round() + zero).clamp(0, 7) - zero
+            best = torch.minimum(best, errors(tried * scale))
+    assert fitted.weight is not None
+    found, by_itself = errors(fitted.weight()), errors(method.weight(call)())
+    assert float(best.sum()) <= float(found.sum()) <= 1.5 * float(best.sum())
+    assert float(by_itself.sum()) > 1.5 * float(best.sum())  # the comparison can fail
+
+
 def test_an_image_is_rounded_for_itself() -> None:
     call = calls()["stem"]
     [position], [operand] = call.operands, call.operands.values()

@@ -74,7 +74,7 @@ class AdaLog(Reparameterized):
     def decide(self, call: Call) -> Fitted:
         if [operand.kind for operand in call.operands.values()] == ["softmax", "value"]:
             return self._for_values(call)
-        if call.site.kind == "conv":
+        if call.site.kind == "conv" and [operand.kind for operand in call.operands.values()] not in ([], ["image"]):
             return self._for_convolution(call)
         if call.site.node.target is not torch.ops.aten.linear.default:
             return super().decide(call)
@@ -115,17 +115,23 @@ class AdaLog(Reparameterized):
         return Fitted({first: tabulated(grid), second: quantizer})
 
     def _for_convolution(self, call: Call) -> Fitted:
-        """By the output of a few images; what an image gives by its own error."""
-        operands = dict[int, Quantizer]()
-        for position, operand in call.operands.items():
-            if operand.kind == "image":
-                operands[position] = self.activation(operand)
-                continue
-            few = operand.value[:: max(1, len(operand.value) // CONVOLVED)][:CONVOLVED]
-            exact = call.multiply({position: few})
-            moved = lambda x, at=position, exact=exact: call.multiply({at: x}) - exact  # noqa: E731
-            operands[position] = self._by(lambda x, moved=moved: float(moved(x).square().mean()), few, operand)
-        return Fitted(operands, self.weight(call))
+        """By the output of a few images: the input's grid first, and the weight's for what that leaves."""
+        [(position, operand)] = call.operands.items()
+        few = operand.value[:: max(1, len(operand.value) // CONVOLVED)][:CONVOLVED]
+        exact = call.multiply({position: few})
+        quantizer = self._by(lambda x: float((call.multiply({position: x}) - exact).square().mean()), few, operand)
+        if call.weight is None:
+            return Fitted({position: quantizer})
+        rounded, shape, at = quantizer(few), call.weight.shape, call.site.weight
+        assert at is not None
+
+        def error(rows: Tensor) -> Tensor:
+            """Of each output channel (O), for a weight's rows (O, I)."""
+            moved = call.multiply({position: rounded, at: rows.reshape(shape)}) - exact
+            return moved.square().transpose(0, 1).flatten(1).mean(1)
+
+        weight = quantized_weight(call, self.weight_bits, lambda w: search_affine_rows(error, w, self.weight_bits))
+        return Fitted({position: quantizer}, weight)
 
     def _by(self, error: RoundingError, x: Tensor, operand: Operand) -> Quantizer:
         if operand.kind == "gelu":
