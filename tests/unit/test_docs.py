@@ -214,6 +214,7 @@ def test_the_page_of_few_bits_has_every_number(docs, root):
         "| `adalog` | – | failed | – | – |",
     ]
     assert "Measured on a CPU with 2 core(s), torch 9.9 (4)." in text
+    assert "`adalog-w4a4` failed: it failed." in text
     assert "weren't kept" not in text
     assert "simulated" in text
     assert "† Measured when" in text

@@ -73,6 +73,8 @@ def page(document: Mapping[str, Any]) -> str:
                 )
             )
         lines += table(("Recipe", *(width.upper() for width in widths), "Seconds", "Peak GB"), rows)
+        failed = [f"`{e['recipe']}` failed: {e['error']}." for e in group if "error" in e]
+        lines += ["", *failed] if failed else []
     return "\n".join([*lines, "", measured_on(entries), ""])
 
 
