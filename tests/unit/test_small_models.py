@@ -28,5 +28,6 @@ def test_kept_weights_are_as_good_as_the_results_say(name: str, assets: Path, tm
 
 
 def test_what_is_not_there_is_told_with_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"mamba\.safetensors isn't there; python benchmarks/small_models\.py mamba"):
-        small_models.load("mamba", tmp_path)
+    said = r"vit_tiny_200\.safetensors isn't there; python benchmarks/small_models\.py vit_tiny_200"
+    with pytest.raises(UsageError, match=said):
+        small_models.load("vit_tiny_200", tmp_path)

@@ -377,9 +377,12 @@ class Journey:
         if fresh:
             for digest, entry in self.measure.measure(fresh).items():
                 self.folder.put("measured", digest, entry)
-        if self.candidates_measured():
+        winner = self.folder.get("state", "winner")
+        if self.candidates_measured() and (
+            fresh or winner is None
+        ):  # what was proved stays where a search only goes on
             recipe = self.chosen()["recipe"]
-            if (self.folder.get("state", "winner") or {}).get("recipe") != recipe:
+            if (winner or {}).get("recipe") != recipe:
                 with store.writing(self.folder.winner, overwrite=True) as folder:
                     self.measure.artifact(Recipe.from_yaml(recipe), folder)
                 self.folder.put("state", "winner", {"recipe": recipe, "proved": False})
