@@ -31,7 +31,6 @@ from martlet.core.recipe import Recipe
 from martlet.graph import allocation
 from martlet.graph.low_bit import LowBit
 from martlet.graph.sequential import SequentialWeights
-from martlet.techniques.quantize.gptq import GPTQ
 from setups import cifar
 from setups.subjects import SUBJECTS
 
@@ -95,8 +94,7 @@ def _tokens(bits: str) -> Iterator[Try]:
     for size, scales in ((32, "groups of 32"), (0, "a scale a row")):
         rsq = _with(Recipe.load("rsq"), bits=int(bits[1:]), group_size=size)
         gptq = _with(Recipe.load("gptq-w3"), bits=int(bits[1:]), group_size=size)
-        nearest = Recipe(tuple(replace(t, compensate=False) if isinstance(t, GPTQ) else t for t in gptq.passes))
-        yield Try(f"rtn-{bits}, {scales}", nearest)
+        yield Try(f"rtn-{bits}, {scales}", _with(gptq, compensate=False))
         yield Try(f"gptq-{bits}, {scales}", gptq)
         yield Try(f"rsq-{bits}, {scales}, tokens alike", _with(rsq, tokens="equal"))
         yield Try(f"rsq-{bits}, {scales}", rsq)

@@ -70,6 +70,11 @@ class Progress(Protocol):
     def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
+def leave_out(record: dict[str, Any], what: str) -> dict[str, Any]:
+    """A technique's record that also tells what it didn't do, for the user to read."""
+    return record | {"left_out": [*record.get("left_out", []), what]}
+
+
 def silent(what: str, done: int, total: int) -> None:
     """The Progress that says nothing."""
 

@@ -20,7 +20,7 @@ from martlet.core.errors import NumericsError, RecipeError, UsageError
 from martlet.core.facts import Fact
 from martlet.core.kept import digest
 from martlet.core.model import Model
-from martlet.core.technique import Context, Stage, Technique
+from martlet.core.technique import Context, Stage, Technique, leave_out
 from martlet.functional.quantize.formats import IntegerGrid
 from martlet.functional.quantize.logarithmic import LogarithmicGrid
 from martlet.functional.quantize.percentile import QUANTILES, percentile_affine, percentile_grids, percentile_scales
@@ -116,10 +116,10 @@ class LowBit(Technique):
         graph_module.requires_grad_(False)
         batches = context.calibration(self)
         images = torch.cat(list(batches))
-        few = images[:: max(1, len(images) // FIT_IMAGES)][:FIT_IMAGES]  # of all classes, if they come in order
+        few = spread(images, FIT_IMAGES)
         changed = self.prepare_(graph_module, few, context)
         if len(few) < FIT_IMAGES:
-            changed = note(changed, f"{FIT_IMAGES} calibration images are usual, and there are {len(few)}")
+            changed = leave_out(changed, f"{FIT_IMAGES} calibration images are usual, and there are {len(few)}")
         original = copy.deepcopy(graph_module) if self.steps else None
         found = [site for site in sites(graph_module) if self.rounds(site)]
         bits = self._allocate(graph_module, found, few, context)
@@ -264,7 +264,7 @@ class Reparameterized(LowBit):
     def prepare_(self, graph_module: GraphModule, images: Tensor, context: Context) -> dict[str, Any]:
         found: dict[str, Any] = dict(reparameterize_(graph_module, images, self.change))
         nothing = "no LayerNorm is read by Linears alone, with a bias each, so none was re-parameterized"
-        return found if found["reparameterized"] else note(found, nothing)
+        return found if found["reparameterized"] else leave_out(found, nothing)
 
     def change(self, rows: Tensor, weights: Sequence[Tensor]) -> ChannelChange:
         """The change of a LayerNorm's output (R, C), which weights (O, C) read. RepQ-ViT's: to the mean grid."""
@@ -279,11 +279,6 @@ class PercentileGrids(Reparameterized):
 
     def weight(self, call: Call) -> Quantizer:
         return percentile_weight(call, self.weight_bits)
-
-
-def note(record: dict[str, Any], left_out: str) -> dict[str, Any]:
-    """A record that also tells what wasn't done, for the user to read."""
-    return record | {"left_out": [*record.get("left_out", []), left_out]}
 
 
 def percentile_quantizer(operand: Operand, bits: int) -> Quantizer:
@@ -336,6 +331,11 @@ def quantized_weight(call: Call, bits: int, fit: Callable[[Tensor], Tensor], sym
     codes = IntegerGrid(bits, symmetric).quantize(rows, parameters)
     zero = None if symmetric else parameters[:, 1:]
     return PackedWeightQuantizer(codes, parameters[:, :1].clone(), bits, zero, weight.shape, axis)
+
+
+def spread(images: Tensor, n: int) -> Tensor:
+    """So many of images (B, …), evenly spaced, which are of all classes if they come in order: the same each time."""
+    return images[:: max(1, len(images) // n)][:n]
 
 
 def sample(x: Tensor, rows: int = ROWS) -> Tensor:

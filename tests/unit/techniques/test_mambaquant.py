@@ -5,14 +5,13 @@ import json
 
 import pytest
 import torch
-from tiny import MODELS, Smooth, compress, error, images, logits, model, wrap
+from tiny import MODELS, Smooth, compress, drawn, error, images, logits, model
 from torch import Tensor
 from torch.fx import GraphModule
 
-from martlet.core import pipeline
 from martlet.core.model import Model
 from martlet.core.recipe import Recipe
-from martlet.core.technique import Context, Stage, silent
+from martlet.core.technique import Context, silent
 from martlet.functional.quantize.rotation import variance_spread
 from martlet.graph.attention import attentions
 from martlet.graph.rewrite.layout import scale_after_scores_
@@ -141,14 +140,7 @@ def test_the_shipped_recipe_has_eight_bits() -> None:
 
 @functools.cache
 def _mamba() -> Model:
-    torch.manual_seed(3)
-    module = EfficientVMamba(dim=32, depths=(1, 1), scans=1, states=2, num_classes=5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    found = wrap(module)
-    pipeline.enter_(found, Stage.GRAPH)
-    return found
+    return drawn(lambda: EfficientVMamba(dim=32, depths=(1, 1), scans=1, states=2, num_classes=5), seed=3)
 
 
 def mamba() -> Model:

@@ -1,7 +1,7 @@
 """Tiny models with odd features and every parameter random, and images, for the tests of techniques."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -60,8 +60,13 @@ class Smooth:
 
 @functools.cache
 def _traced(name: str) -> Model:
-    torch.manual_seed(0)
-    module = MODELS[name]()
+    return drawn(MODELS[name])
+
+
+def drawn(make: Callable[[], nn.Module], seed: int = 0) -> Model:
+    """Traced, with every parameter random, so that no bias is 0 and no scale 1."""
+    torch.manual_seed(seed)
+    module = make()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -71,7 +76,7 @@ def _traced(name: str) -> Model:
 
 
 def model(name: str) -> Model:
-    """Traced, with every parameter random, so that no bias is 0 and no scale 1."""
+    """One of MODELS, drawn once."""
     return _traced(name).copy()
 
 

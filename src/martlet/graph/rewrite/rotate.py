@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from martlet.core.errors import NumericsError
-from martlet.core.technique import Progress
+from martlet.core.technique import Progress, leave_out
 from martlet.functional.quantize.rotation import rotation, standard_basis
 from martlet.graph.attention import Attention, Channels, attentions
 from martlet.graph.observe import OneBatch, observe
@@ -48,7 +48,7 @@ def spread_(graph_module: GraphModule, generator: torch.Generator) -> dict[str, 
             values += 1
     norms = sum(len(stream.norms) for stream in found.found)
     record: dict[str, Any] = {"rotated": {"norms": norms, "values": values}, "norms_left": found.left}
-    return record if norms or values else record | {"left_out": [NOTHING]}
+    return record if norms or values else leave_out(record, NOTHING)
 
 
 def fold_norms_(graph_module: GraphModule, stream: Stream) -> None:
@@ -185,7 +185,7 @@ def rotate_gate_(graph_module: GraphModule, gate: Gate, rotation: Tensor) -> Non
     add_turns_(graph_module, [gate.linear.name])
     with torch.no_grad():
         weight.copy_(_multiplied(weight, rotation, 1))
-        graph_module.get_parameter(TURN + gate.linear.name).copy_(rotation)
+        graph_module.get_parameter(f"{TURN}{gate.linear.name}.weight").copy_(rotation)
 
 
 def add_turns_(graph_module: GraphModule, linears: Iterable[str]) -> None:
@@ -195,15 +195,14 @@ def add_turns_(graph_module: GraphModule, linears: Iterable[str]) -> None:
         ArtifactError: the graph has no such node.
     """
     nodes, graph = NamedNodes(graph_module), graph_module.graph
-    if TURN.rstrip(".") not in dict(graph_module.named_children()):
-        graph_module.add_submodule(TURN.rstrip("."), nn.Module())
-    holder = graph_module.get_submodule(TURN.rstrip("."))
     for name in linears:
         linear = nodes[name]
         width = tensor(graph_module, linear.args[1]).shape[1]
-        holder.register_parameter(name, nn.Parameter(torch.eye(width), requires_grad=False))
+        turn = nn.Module()
+        turn.weight = nn.Parameter(torch.eye(width), requires_grad=False)
+        graph_module.add_submodule(TURN + name, turn)
         with graph.inserting_before(linear):
-            matrix = graph.get_attr(TURN + name)
+            matrix = graph.get_attr(f"{TURN}{name}.weight")
             turned = call(graph, linear, aten.matmul.default, linear.args[0], matrix)
         linear.args = (turned, *linear.args[1:])
     finish(graph_module)

@@ -31,6 +31,7 @@ from martlet.graph.low_bit import (
     affine_heads,
     quantized_weight,
     sample,
+    spread,
     tabulated,
 )
 from martlet.nn.quantizers import Quantizer
@@ -72,9 +73,10 @@ class AdaLog(Reparameterized):
         return reparameterize_scales(found[:, 0], found[:, 1])
 
     def decide(self, call: Call) -> Fitted:
-        if [operand.kind for operand in call.operands.values()] == ["softmax", "value"]:
+        kinds = [operand.kind for operand in call.operands.values()]
+        if kinds == ["softmax", "value"]:
             return self._for_values(call)
-        if call.site.kind == "conv" and [operand.kind for operand in call.operands.values()] not in ([], ["image"]):
+        if call.site.kind == "conv" and kinds and kinds != ["image"]:
             return self._for_convolution(call)
         if call.site.node.target is not torch.ops.aten.linear.default:
             return super().decide(call)
@@ -117,11 +119,10 @@ class AdaLog(Reparameterized):
     def _for_convolution(self, call: Call) -> Fitted:
         """By the output of a few images: the input's grid first, and the weight's for what that leaves."""
         [(position, operand)] = call.operands.items()
-        few = operand.value[:: max(1, len(operand.value) // CONVOLVED)][:CONVOLVED]
+        few = spread(operand.value, CONVOLVED)
         exact = call.multiply({position: few})
         quantizer = self._by(lambda x: float((call.multiply({position: x}) - exact).square().mean()), few, operand)
-        if call.weight is None:
-            return Fitted({position: quantizer})
+        assert call.weight is not None
         rounded, shape, at = quantizer(few), call.weight.shape, call.site.weight
         assert at is not None
 

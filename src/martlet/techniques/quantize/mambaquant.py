@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from martlet.core.model import Model
-from martlet.core.technique import Context
+from martlet.core.technique import Context, leave_out
 from martlet.functional.quantize.rotation import klt_basis, rotation, standard_basis, variance_spread
 from martlet.functional.quantize.search import search_affine, squared_error
 from martlet.functional.quantize.smoothing import smoothquant_factors
@@ -119,11 +119,9 @@ class MambaQuant(LowBit):
             "norms_left": found.left,
             "turns": [gate.linear.name for gate in gated],
         }
-        if not any(record["rotated"].values()):
-            record["left_out"] = [NOTHING]
         if before:
             record["variance_spread"] = {"before": _mean(before), "after": _mean(after)}
-        return record
+        return record if any(record["rotated"].values()) else leave_out(record, NOTHING)
 
     def rounds(self, site: Site) -> bool:
         """All but the rotations that are computed while the model runs."""

@@ -17,7 +17,7 @@ from martlet.functional.quantize.search import AffineGrid
 from martlet.graph import sensitivity
 from martlet.graph.fit import Call, Fit, Fitted, Operand
 from martlet.graph.hessian_guided import HessianGuided, as_quantizer, symmetric_grids
-from martlet.graph.low_bit import FIT_IMAGES
+from martlet.graph.low_bit import FIT_IMAGES, spread
 from martlet.graph.objectives import Block, Loss, perturbation_hessian
 from martlet.graph.segments import bridges, extract
 from martlet.nn.quantizers import ActivationQuantizer, Quantizer, TableQuantizer
@@ -86,7 +86,7 @@ class QHyViT(HessianGuided):
         record = super().round_(graph_module, original, fitted, images, context)
         if not self.bridge:
             return record
-        few = images[:: max(1, len(images) // FIT_IMAGES)][:FIT_IMAGES]
+        few = spread(images, FIT_IMAGES)
         return {"bridges": reconstruct_bridges_(graph_module, exact, few, context), **record}
 
     def _grids(self, operand: Operand, factors: Sequence[float]) -> list[AffineGrid]:
